@@ -1,0 +1,482 @@
+"""The demo world's referee: does a picture show what its caption asks for? It reads pixels; nothing trains on it.
+
+It inverts `scene.render` step by step, with room for blur, noise and small colour shifts:
+
+    backgrounds      border -> (light, colour, gradient); everything after works with that light undone, on the palette
+    ground           the background of each row, and how far each pixel is from it or from a shadow on it
+    regions          what is left, by colour, then by connected piece
+    fit_shape        each piece against every template of `scene.distance`: centre and radius by Gauss-Newton, then IoU
+    judge            one bool per attribute that the caption names
+
+`python -m flux.demo.referee` measures the referee itself on pictures whose truth is known. Lengths are shares of the
+picture's edge, colours are in [0, 1].
+"""
+
+import argparse
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import permutations
+
+import numpy as np
+
+from flux.demo.scene import (
+    COLOURS,
+    FINISHES,
+    LIGHTS,
+    NEW_SHAPES,
+    PLACES,
+    RELATIONS,
+    SHAPES,
+    SIZES,
+    Scene,
+    Thing,
+    distance,
+    render,
+    sample_caption,
+    sample_scene,
+)
+
+PALETTE = {name: np.array(rgb, np.float32) / 255 for name, rgb in COLOURS.items()}
+GAIN = {"normal": 1.0, "dim": 0.55, "bright": 0.68}  # what a light leaves of contrast
+FOREGROUND = 0.11  # distance from the background; the palette's closest pair with a shadow between is 0.23 apart
+COLOUR_TOLERANCE = 0.17  # distance from a name's colour; half of the palette's closest pair
+BORDER_TOLERANCE = 0.10  # the same for the median of the border
+SPECK = 0.0022  # share of the picture; a small crescent, the least of all shapes, covers four times as much
+MIN_IOU, MIN_MARGIN = 0.80, 0.02  # of a shape's template, and over the next best shape's
+PLACE_TOLERANCE = 0.13  # half the way from the centre to a side, and a little
+MIN_STEP = 0.2  # between the centres of two objects that stand in a relation; the renderer puts them 0.43 to 0.53 apart
+
+
+@dataclass(frozen=True)
+class Found:
+    """One object in a picture. `shape` and `colour` are "" where nothing matches; box is x0, y0, x1, y1."""
+
+    shape: str
+    colour: str
+    size: str
+    x: float
+    y: float
+    radius: float
+    box: tuple[float, float, float, float]
+    iou: float  # with the best template, [0, 1]
+    margin: float  # to the next best shape's
+    glossy: bool
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What a picture shows; background "" where the border is no colour of the palette."""
+
+    background: str
+    light: str
+    finish: str
+    things: tuple[Found, ...]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`held` maps each asked attribute to whether the picture shows it: "objects" (their number), "background",
+    "shape 1", "colour 1", "place 1", "size 1", "shape 2", ..., "relation", "light", "finish"."""
+
+    seen: Seen
+    held: dict[str, bool]
+
+    @property
+    def right(self) -> bool:
+        """Number of objects, shapes, colours, places and relation; size, light and finish are told, not demanded."""
+        return all(held for name, held in self.held.items() if name.split()[0] not in ("size", "light", "finish"))
+
+
+# --- the verdict ---
+
+def judge(pixels: np.ndarray, asked: Scene) -> Verdict:
+    """Pixels (H, W, 3) uint8 against a `Caption.asked`. What the caption leaves out is not judged, nor is the style.
+
+    Two objects are matched to the seen ones in the way that is best for the caption.
+    """
+    new = any(thing.shape in NEW_SHAPES for thing in asked.things)
+    seen = look(pixels, len(asked.things), SHAPES + NEW_SHAPES if new else SHAPES)
+    held = {"objects": len(seen.things) == len(asked.things)}
+    if asked.background:
+        held["background"] = seen.background == asked.background
+    orders = permutations(seen.things) if held["objects"] else [(None,) * len(asked.things)]
+    verdicts = [Verdict(seen, held | _compare(order, asked)) for order in orders]
+    best = max(verdicts, key=lambda verdict: (verdict.right, sum(verdict.held.values())))
+    if asked.light != "normal":
+        best.held["light"] = seen.light == asked.light
+    if asked.finish != "flat":
+        best.held["finish"] = seen.finish == asked.finish
+    return best
+
+
+def _compare(order: tuple[Found | None, ...], asked: Scene) -> dict[str, bool]:
+    """The objects' attributes and their relation, for seen objects in the order of the asked ones; None is no object."""
+    held = {}
+    for i, (found, thing) in enumerate(zip(order, asked.things, strict=True), 1):
+        for name in ("shape", "colour", "size"):
+            if getattr(thing, name):
+                held[f"{name} {i}"] = found is not None and getattr(found, name) == getattr(thing, name)
+        if thing.place:
+            held[f"place {i}"] = found is not None and place_of(found.x, found.y) == thing.place
+    if asked.relation:
+        first, second = order
+        held["relation"] = first is not None and relation_of(first, second) == asked.relation
+    return held
+
+
+def place_of(x: float, y: float) -> str:
+    """The word for a centre, "" between two places."""
+    gap, name = min((np.hypot(x - px, y - py), name) for name, (px, py) in PLACES.items())
+    return name if gap <= PLACE_TOLERANCE else ""
+
+
+def relation_of(first: Found, second: Found) -> str:
+    """Where the first object stands to the second, "" where they are too close to tell."""
+    x, y = first.x - second.x, first.y - second.y
+    step, name = max((x * u + y * v, name) for name, (u, v) in RELATIONS.items())
+    return name if step >= MIN_STEP else ""
+
+
+# --- the picture ---
+
+@dataclass(frozen=True)
+class View:
+    """A picture under one explanation of its border; pixels and ground (H, W, 3) are in normal light."""
+
+    light: str
+    background: str
+    gradient: bool
+    shadow: bool
+    pixels: np.ndarray
+    ground: np.ndarray
+    pieces: tuple["Piece", ...]
+    misfit: float  # of the border and of the pieces' colours, in the picture's own light
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A connected piece of one colour. Arrays (H, W): which pixels, how much of each is covered, which may be judged."""
+
+    mask: np.ndarray
+    cover: np.ndarray
+    clear: np.ndarray  # False where another object is, or may hide this one
+    rgb: np.ndarray
+    colour: str
+    gap: float  # from rgb to the palette's colour
+
+
+def look(pixels: np.ndarray, things: int, shapes: tuple[str, ...] = SHAPES) -> Seen:
+    """What is in a picture (H, W, 3) uint8. All objects are reported, however many are expected.
+
+    `things` decides one case: where two are expected and one piece that is no shape is found, it is cut in two.
+    """
+    assert pixels.ndim == 3 and pixels.shape[2] == 3 and pixels.dtype == np.uint8, (pixels.shape, pixels.dtype)
+    image = pixels.astype(np.float32) / 255
+    views = [explain(image, *hypothesis) for hypothesis in backgrounds(image)]
+    if not views:
+        return Seen("", "normal", "flat", ())
+    view = min(views, key=lambda view: view.misfit)
+    found = [recognise(view, piece, shapes) for piece in view.pieces]
+    if things == 2 and len(found) == 1 and not found[0].shape:
+        halves = [recognise(view, half, shapes) for half in cut(view.pieces[0])]
+        if all(half.shape for half in halves):
+            found = halves
+    if view.gradient:
+        finish = "gradient background"
+    elif view.shadow:
+        finish = "soft shadow"
+    else:
+        finish = "glossy" if any(thing.glossy for thing in found) else "flat"
+    return Seen(view.background, view.light, finish, tuple(found))
+
+
+@cache
+def _border(height: int, width: int) -> tuple[np.ndarray, np.ndarray, list, np.ndarray]:
+    """Rows and columns (n,) of a ring near the border, the 60 hypotheses, and their colours there (60, n, 3)."""
+    y, x = np.mgrid[:height, :width]
+    ring = np.minimum(np.minimum(y, height - 1 - y), np.minimum(x, width - 1 - x)) == height // 64
+    rows, columns = np.nonzero(ring)
+    hypotheses = [(light, name, gradient) for light in LIGHTS for name in COLOURS for gradient in (False, True)]
+    colours = [shine_on(_plain_ground(name, gradient, height)[rows, 0], light) for light, name, gradient in hypotheses]
+    return rows, columns, hypotheses, np.clip(np.stack(colours), 0, 1)
+
+
+def _plain_ground(name: str, gradient: bool, height: int) -> np.ndarray:
+    """A background's rows (H, 1, 3) before light falls on it."""
+    y = (np.arange(height, dtype=np.float32)[:, None, None] + 0.5) / height
+    return PALETTE[name] * (1.12 - 0.5 * y if gradient else np.ones_like(y))
+
+
+def shine_on(image: np.ndarray, light: str) -> np.ndarray:
+    return {"normal": image, "dim": image * 0.55, "bright": 1 - (1 - image) * 0.68}[light]
+
+
+def undo_light(image: np.ndarray, light: str) -> np.ndarray:
+    return {"normal": image, "dim": image / 0.55, "bright": 1 - (1 - image) / 0.68}[light]
+
+
+def backgrounds(image: np.ndarray) -> list[tuple[str, str, bool, float]]:
+    """The (light, colour, gradient, misfit) that explain the border, best first, with rivals that are about as good."""
+    rows, columns, hypotheses, colours = _border(*image.shape[:2])
+    gaps = np.linalg.norm(image[rows, columns] - colours, axis=-1)  # (60, n)
+    misfits, middles = np.minimum(gaps, 0.2).mean(1), np.median(gaps, axis=1)
+    best = misfits.min()
+    likely = [i for i in np.argsort(misfits) if middles[i] < BORDER_TOLERANCE and misfits[i] < best + 0.03]
+    return [(*hypotheses[i], float(misfits[i])) for i in likely[:3]]
+
+
+def explain(image: np.ndarray, light: str, background: str, gradient: bool, misfit: float) -> View:
+    """Undo the light, take the ground and its shadows away, and cut what is left into pieces."""
+    pixels = undo_light(image, light)
+    scale = (len(image) / 128) ** 2  # pixels for one of the usual picture
+    ground = _ground(pixels, background, gradient, light)
+    smooth = _mean(pixels)
+    shade = np.clip((smooth * ground).sum(-1) / np.maximum((ground**2).sum(-1), 1e-3), 0.5, 1)
+    foreground = _norm(smooth - shade[..., None] * ground) > FOREGROUND
+    dark = ~foreground & (shade < 0.88) & (_norm(smooth - ground) > 0.07)
+    shadow = not gradient and bool(_erode(dark).sum() > 12 * scale)
+    if shadow:
+        ground = ground * shade[..., None]
+    pieces = _pieces(pixels, ground, foreground, [name for name in COLOURS if name != background], scale)
+    misfit += GAIN[light] * sum(min(piece.gap, 0.3) for piece in pieces)
+    return View(light, background, gradient, shadow, pixels, ground, pieces, misfit)
+
+
+def _ground(pixels: np.ndarray, background: str, gradient: bool, light: str) -> np.ndarray:
+    """The background under the objects, (H, W, 3): the palette's, moved by what the picture's own ground differs from it.
+
+    A straight line over the rows, fitted twice per channel to the pixels that are near.
+    """
+    ground = np.minimum(_plain_ground(background, gradient, len(pixels)), 1 / 0.55 if light == "dim" else 1)
+    y = np.linspace(-1, 1, len(pixels), dtype=np.float32)[:, None]
+    for tolerance in (0.17, 0.1):
+        away = pixels - ground
+        near = _norm(away) < tolerance
+        count = near.sum(1, keepdims=True)
+        total = np.where(near[..., None], away, 0).sum(1)  # (H, 3)
+        if count.sum() > pixels.shape[1]:
+            n, ny, nyy = count.sum(), (count * y).sum(), (count * y * y).sum()
+            moments = np.stack((total.sum(0), (total * y).sum(0)))
+            level, slope = np.linalg.solve(np.array([[n, ny], [ny, nyy + 1]]), moments)
+            ground = ground + (level + slope * y)[:, None].astype(np.float32)
+    return np.broadcast_to(ground, pixels.shape)
+
+
+def _pieces(pixels, ground, foreground, names, scale) -> tuple[Piece, ...]:
+    """Pieces larger than a speck: by colour, and then what has no clear colour."""
+    label = np.full(foreground.shape, -1)
+    if foreground.any():
+        label[foreground] = np.argmin([_paint_gap(pixels[foreground], PALETTE[name]) for name in names], axis=0)
+    solid = {i: thick for i in range(len(names)) if (thick := _erode(_erode(label == i))).sum() > 12 * scale}
+    pieces, rest = [], foreground
+    for i, thick in solid.items():
+        rgb = np.median(pixels[thick], axis=0)
+        cover = _cover(pixels, ground, rgb)
+        clear = np.ones_like(foreground)
+        for j in solid:
+            if j != i:
+                clear &= ~_dilate(_erode(label == j), 2)
+        clear |= label == i
+        mask = (cover > 0.5) & clear & _dilate(foreground)
+        for piece in components(mask):
+            if piece.sum() > SPECK * piece.size:
+                pieces.append(_piece(pixels, ground, piece, clear, names))
+        rest = rest & ~_dilate(mask | (label == i), 2)
+    for piece in components(_erode(rest)):
+        if piece.sum() > SPECK * piece.size:
+            pieces.append(_piece(pixels, ground, piece, np.ones_like(foreground), names))
+    return tuple(pieces)
+
+
+def _piece(pixels, ground, mask, clear, names) -> Piece:
+    inner = _erode(mask)
+    rgb = np.median(pixels[inner if inner.any() else mask], axis=0)
+    gaps = [float(_norm(rgb - PALETTE[name])) for name in names]
+    gap, name = min(zip(gaps, names, strict=True))
+    cover = np.where(_dilate(mask, 2), _cover(pixels, ground, rgb), 0)
+    return Piece(mask, cover, clear, rgb, name if gap < COLOUR_TOLERANCE else "", gap)
+
+
+def _cover(pixels, ground, rgb) -> np.ndarray:
+    """How much of each pixel something of this colour covers, if the rest is ground, [0, 1]."""
+    way = rgb - ground
+    return np.clip(((pixels - ground) * way).sum(-1) / np.maximum((way**2).sum(-1), 1e-3), 0, 1)
+
+
+def _highlight(pixels: np.ndarray, rgb: np.ndarray) -> np.ndarray:
+    """How far a glossy object's highlight has moved each pixel from its colour towards white, 0 to 0.8."""
+    way = 1 - rgb
+    return np.clip(((pixels - rgb) * way).sum(-1) / max(float((way**2).sum()), 1e-2), 0, 0.8)
+
+
+def _paint_gap(pixels: np.ndarray, rgb: np.ndarray) -> np.ndarray:
+    """Distance from a colour, or, at a small charge, from its highlights; without the charge white would be one of pink."""
+    lit = rgb + (1 - rgb) * _highlight(pixels, rgb)[..., None]
+    return np.minimum(_norm(pixels - rgb), _norm(pixels - lit) + 0.06)
+
+
+def cut(piece: Piece) -> tuple[Piece, Piece]:
+    """A piece at its neck, across its longer side: two objects of one colour that touch. Each sees its own half only."""
+    rows, columns = np.flatnonzero(piece.mask.any(1)), np.flatnonzero(piece.mask.any(0))
+    across = np.ptp(columns) > np.ptp(rows)
+    low, high = (columns if across else rows)[[0, -1]]
+    from_, to = low + (high - low) * 3 // 8, low + (high - low) * 5 // 8 + 1
+    neck = from_ + int(np.argmin(piece.mask.sum(0 if across else 1)[from_:to]))
+    at = np.arange(piece.mask.shape[1])[None] if across else np.arange(piece.mask.shape[0])[:, None]
+    first = np.broadcast_to(at <= neck, piece.mask.shape)
+    return tuple(replace(piece, mask=piece.mask & side, clear=piece.clear & side) for side in (first, ~first))
+
+
+# --- shapes ---
+
+REACH, STEPS = 1.7, 100  # templates are tables of distances from -REACH to REACH radii, STEPS to a radius
+
+
+@cache
+def _template(shape: str) -> tuple[np.ndarray, float, float, float]:
+    """Table (n, n) of distances in radii; the shape's area in square radii and its centroid."""
+    axis = np.arange(-int(REACH * STEPS), int(REACH * STEPS) + 1, dtype=np.float32) / STEPS
+    x, y = np.meshgrid(axis, axis)
+    table = distance(shape, x, y).astype(np.float32)
+    inside = table < 0
+    return table, inside.sum() / STEPS**2, float(x[inside].mean()), float(y[inside].mean())
+
+
+def _draw(table: np.ndarray, x: float, y: float, radius: float, rows: np.ndarray, columns: np.ndarray, edge: float) -> np.ndarray:
+    """A template's cover of the pixels of a window, (rows, columns); lengths in pixels, `edge` is the ramp's width."""
+    def places(at, centre):
+        return np.clip(((at + 0.5 - centre) / radius + REACH) * STEPS + 0.5, 0, len(table) - 1).astype(np.intp)
+
+    d = table[places(rows, y)[:, None], places(columns, x)] * radius
+    return np.clip(0.5 - d / edge, 0, 1)
+
+
+def recognise(view: View, piece: Piece, shapes: tuple[str, ...]) -> Found:
+    """The shape that fits best, with its place and size."""
+    height, width = piece.mask.shape
+    rows, columns = np.flatnonzero(piece.mask.any(1)), np.flatnonzero(piece.mask.any(0))
+    pad = height // 16
+    window = (slice(max(rows[0] - pad, 0), rows[-1] + pad), slice(max(columns[0] - pad, 0), columns[-1] + pad))
+    at = np.arange(height)[window[0]], np.arange(width)[window[1]]
+    clear = piece.clear[window]
+    cover = np.clip(piece.cover[window] * 2 - 0.5, 0, 1) * clear  # as sharp as before a slight blur
+    shine = _highlight(view.pixels[window], piece.rgb)
+    fits = sorted(((*_fit(shape, cover, clear, shine, at), shape) for shape in shapes), reverse=True)
+    (iou, x, y, radius, shape), second = fits[0], fits[1]
+    known = iou >= MIN_IOU and iou - second[0] >= MIN_MARGIN
+    size = min(SIZES, key=lambda name: abs(np.log(radius / height / SIZES[name])))
+    weight = _draw(_template(shape)[0], x, y, radius, *at, 1) * clear * _shine(x, y, radius, *at)
+    glossy = (weight * shine).sum() > 0.4 * (weight * _shine(x, y, radius, *at)).sum() if weight.sum() > 4 else False
+    box = (columns[0] / width, rows[0] / height, (columns[-1] + 1) / width, (rows[-1] + 1) / height)
+    return Found(shape if known else "", piece.colour, size, x / width, y / height, radius / height, box,
+                 iou, iou - second[0], bool(glossy))
+
+
+def _shine(x, y, radius, rows, columns) -> np.ndarray:
+    """Where `scene.render` puts a glossy object's highlight, (rows, columns) in [0, 1]."""
+    u, v = (columns + 0.5 - x) / radius + 0.3, (rows[:, None] + 0.5 - y) / radius + 0.38
+    return np.exp(-(u**2 + 1.4 * v**2) / 0.09)
+
+
+def _fit(shape: str, cover: np.ndarray, clear: np.ndarray, shine: np.ndarray, at) -> tuple[float, float, float, float]:
+    """Fit a template to a cover: (IoU, x, y, radius) in pixels. Gauss-Newton from the cover's area and centroid."""
+    table, area, cx, cy = _template(shape)
+    rows, columns = at
+    mass = cover.sum() + 1e-6
+    radius = np.sqrt(mass / area)
+    x = (cover.sum(0) * (columns + 0.5)).sum() / mass - cx * radius
+    y = (cover.sum(1) * (rows + 0.5)).sum() / mass - cy * radius
+    height = len(clear)
+    for edge in (4, 3, 2, 2):
+        drawn = _draw(table, x, y, radius, rows, columns, edge)
+        slopes = np.stack([
+            (_draw(table, x + 0.5, y, radius, rows, columns, edge) - drawn) * clear * 2,
+            (_draw(table, x, y + 0.5, radius, rows, columns, edge) - drawn) * clear * 2,
+            (_draw(table, x, y, radius + 0.5, rows, columns, edge) - drawn) * clear * 2]).reshape(3, -1)
+        away = ((cover - drawn) * clear).ravel()
+        step = np.linalg.solve(slopes @ slopes.T + 0.5 * np.eye(3), slopes @ away)
+        x, y, radius = (np.array((x, y, radius)) + np.clip(step, -4, 4)).tolist()
+        radius = max(radius, 2.0)
+    drawn = _draw(table, x, y, radius, rows, columns, 1)
+    clear = clear & ~((shine > 0.12) & (_shine(x, y, radius, rows, columns) > 0.2))
+    iou = np.minimum(cover, drawn)[clear].sum() / (np.maximum(cover, drawn)[clear].sum() + 1e-6)
+    return float(iou), float(x), float(y), float(radius)
+
+
+# --- masks ---
+
+def _norm(x: np.ndarray) -> np.ndarray:
+    return np.sqrt((x * x).sum(-1))
+
+
+def _mean(image: np.ndarray) -> np.ndarray:
+    """3 x 3 mean, (H, W, 3)."""
+    padded = np.pad(image, ((1, 1), (1, 1), (0, 0)), "edge")
+    rows = padded[:-2] + padded[1:-1] + padded[2:]
+    return (rows[:, :-2] + rows[:, 1:-1] + rows[:, 2:]) / 9
+
+
+def _dilate(mask: np.ndarray, times: int = 1) -> np.ndarray:
+    for _ in range(times):
+        padded = np.pad(mask, 1)
+        rows = padded[:-2] | padded[1:-1] | padded[2:]
+        mask = rows[:, :-2] | rows[:, 1:-1] | rows[:, 2:]
+    return mask
+
+
+def _erode(mask: np.ndarray) -> np.ndarray:
+    return ~_dilate(~mask)
+
+
+def components(mask: np.ndarray) -> list[np.ndarray]:
+    """The 4-connected pieces of a mask, each a mask: runs of each row, joined where they touch the row above."""
+    edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
+    rows, starts = np.nonzero(edges == 1)
+    runs = list(zip(rows.tolist(), starts.tolist(), np.nonzero(edges == -1)[1].tolist(), strict=True))
+    parent = list(range(len(runs)))
+
+    def root(i):
+        while parent[i] != i:
+            parent[i] = i = parent[parent[i]]
+        return i
+
+    above = 0  # the first run that may touch the current one from the row above
+    for i, (row, start, end) in enumerate(runs):
+        while runs[above][0] < row - 1 or (runs[above][0] == row - 1 and runs[above][2] <= start):
+            above += 1
+        j = above
+        while runs[j][0] == row - 1 and runs[j][1] < end:
+            parent[root(j)] = root(i)
+            j += 1
+    pieces = {}
+    for i, (row, start, end) in enumerate(runs):
+        pieces.setdefault(root(i), np.zeros_like(mask))[row, start:end] = True
+    return list(pieces.values())
+
+
+# --- the referee refereed ---
+
+def degrade(pixels: np.ndarray, rng: np.random.Generator, blur: float = 1.0, noise: float = 4.0, shift: float = 8.0):
+    """What an autoencoder and a few steps of sampling may do to a right picture; noise and shift in grey levels."""
+    taps = np.exp(-np.arange(-4, 5) ** 2 / (2 * blur**2))
+    padded = np.pad(pixels.astype(np.float64), ((4, 4), (4, 4), (0, 0)), "edge")
+    padded = sum(tap * padded[i:len(padded) - 8 + i] for i, tap in enumerate(taps / taps.sum()))
+    image = sum(tap * padded[:, i:padded.shape[1] - 8 + i] for i, tap in enumerate(taps / taps.sum()))
+    image = image + rng.normal(0, noise, image.shape) + rng.uniform(-shift, shift, 3)
+    return np.round(np.clip(image, 0, 255)).astype(np.uint8)
+
+
+def twist(scene: Scene, name: str, rng: np.random.Generator) -> Scene:
+    """A scene that differs from `scene` in one attribute: background, shape, colour, place or relation."""
+    def other(names, *but):
+        return str(rng.choice([each for each in names if each not in but]))
+
+    if name == "background":
+        return replace(scene, background=other(COLOURS, scene.background))
+    if name == "relation":
+        return replace(scene, relation=other(RELATIONS, scene.relation))
+    things = list(scene.things)
+    i = int(rng.integers(len(things)))
+    names = {"shape": SHAPES, "colour": COLOURS, "place": PLACES}[name]
+    things[i] = replace(things[i], **{name: other(names, getattr(things[i], name))})
+    return replace(scene, things=tuple(things))

@@ -1,0 +1,158 @@
+"""The blocks of the MMDiT: embedders, modulation, double-stream blocks (arXiv 2403.03206), single-stream blocks
+(parallel attention and MLP, arXiv 2302.05442), and the last layer. Attributes carry the released key names.
+
+Read `attention.py` first. B batch, L tokens, D model width, H heads, E head width.
+"""
+
+import math
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from torch import Tensor, nn
+
+from flux.attention import attention
+from flux.config import FluxConfig
+
+
+def time_embedding(t: Tensor, dim: int = 256, max_period: float = 10_000, time_factor: float = 1000.0) -> Tensor:
+    """t (B,) in [0, 1], or guidance -> (B, dim): cosines, then sines, of time_factor * t * max_period^(-k / half).
+
+    The product with time_factor is rounded to t's dtype, as in the reference: in bfloat16 0.7431 becomes 744.
+    """
+    half = dim // 2
+    frequency = torch.exp(-math.log(max_period) * torch.arange(half, dtype=torch.float32, device=t.device) / half)
+    angle = (time_factor * t)[:, None].float() * frequency
+    return F.pad(torch.cat((angle.cos(), angle.sin()), dim=-1), (0, dim % 2)).to(t.dtype)
+
+
+class MLPEmbedder(nn.Module):
+    def __init__(self, in_dim: int, hidden_size: int):
+        super().__init__()
+        self.in_layer = nn.Linear(in_dim, hidden_size)
+        self.out_layer = nn.Linear(hidden_size, hidden_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out_layer(F.silu(self.in_layer(x)))
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x^2) + 1e-6) * scale over the last axis, statistics in float32."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float32:
+            return F.rms_norm(x, self.scale.shape, self.scale, eps=1e-6)
+        return F.rms_norm(x.float(), self.scale.shape, eps=1e-6).to(x.dtype) * self.scale  # two roundings, as released
+
+
+class QKNorm(nn.Module):
+    def __init__(self, head_dim: int):
+        super().__init__()
+        self.query_norm = RMSNorm(head_dim)
+        self.key_norm = RMSNorm(head_dim)
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return self.query_norm(q).to(v), self.key_norm(k).to(v)
+
+
+class SelfAttention(nn.Module):
+    """The parameters of one stream's attention; the double block joins two of them."""
+
+    def __init__(self, hidden_size: int, num_heads: int, qkv_bias: bool):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=qkv_bias)
+        self.norm = QKNorm(hidden_size // num_heads)
+        self.proj = nn.Linear(hidden_size, hidden_size)
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x (B, L, D) -> normalised q, k and v, each (B, L, H, E)."""
+        q, k, v = rearrange(self.qkv(x), "b l (three h e) -> three b l h e", three=3, h=self.num_heads)
+        return *self.norm(q, k, v), v
+
+
+class Modulation(nn.Module):
+    """vec (B, D) -> `count` tensors (B, 1, D): shift, scale, gate, once or twice (adaptive layer norm, arXiv 2212.09748)."""
+
+    def __init__(self, hidden_size: int, count: int):
+        super().__init__()
+        self.count = count
+        self.lin = nn.Linear(hidden_size, count * hidden_size)
+
+    def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
+        return self.lin(F.silu(vec))[:, None].chunk(self.count, dim=-1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """(1 + scale) * layer_norm(x) + shift; x (B, L, D), shift and scale (B, 1, D)."""
+    return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
+
+
+def _mlp(config: FluxConfig) -> nn.Sequential:
+    return nn.Sequential(nn.Linear(config.hidden_size, config.mlp_hidden), nn.GELU(approximate="tanh"),
+                         nn.Linear(config.mlp_hidden, config.hidden_size))
+
+
+class DoubleStreamBlock(nn.Module):
+    """Image and text keep their own weights and meet in one attention."""
+
+    def __init__(self, config: FluxConfig):
+        super().__init__()
+        self.img_mod = Modulation(config.hidden_size, 6)
+        self.img_attn = SelfAttention(config.hidden_size, config.num_heads, config.qkv_bias)
+        self.img_mlp = _mlp(config)
+        self.txt_mod = Modulation(config.hidden_size, 6)
+        self.txt_attn = SelfAttention(config.hidden_size, config.num_heads, config.qkv_bias)
+        self.txt_mlp = _mlp(config)
+
+    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
+        """img (B, L_img, D), txt (B, L_txt, D), vec (B, D), pe over text then image -> img, txt."""
+        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
+        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
+
+        txt_qkv = self.txt_attn.project(modulate(txt, txt_shift1, txt_scale1))
+        img_qkv = self.img_attn.project(modulate(img, img_shift1, img_scale1))
+        q, k, v = (torch.cat(pair, dim=1) for pair in zip(txt_qkv, img_qkv, strict=True))
+        txt_attn, img_attn = attention(q, k, v, pe).split((txt.shape[1], img.shape[1]), dim=1)
+
+        img = torch.addcmul(img, img_gate1, self.img_attn.proj(img_attn))
+        img = torch.addcmul(img, img_gate2, self.img_mlp(modulate(img, img_shift2, img_scale2)))
+        txt = torch.addcmul(txt, txt_gate1, self.txt_attn.proj(txt_attn))
+        txt = torch.addcmul(txt, txt_gate2, self.txt_mlp(modulate(txt, txt_shift2, txt_scale2)))
+        return img, txt
+
+
+class SingleStreamBlock(nn.Module):
+    """Attention and MLP side by side on the joined tokens, with one projection in and one out."""
+
+    def __init__(self, config: FluxConfig):
+        super().__init__()
+        self.num_heads = config.num_heads
+        self.widths = (3 * config.hidden_size, config.mlp_hidden)
+        self.linear1 = nn.Linear(config.hidden_size, sum(self.widths))
+        self.linear2 = nn.Linear(config.hidden_size + config.mlp_hidden, config.hidden_size)
+        self.norm = QKNorm(config.head_dim)
+        self.modulation = Modulation(config.hidden_size, 3)
+
+    def forward(self, x: Tensor, vec: Tensor, pe: Tensor) -> Tensor:
+        """x (B, L_txt + L_img, D), vec (B, D) -> x."""
+        shift, scale, gate = self.modulation(vec)
+        qkv, mlp = self.linear1(modulate(x, shift, scale)).split(self.widths, dim=-1)
+        q, k, v = rearrange(qkv, "b l (three h e) -> three b l h e", three=3, h=self.num_heads)
+        attn = attention(*self.norm(q, k, v), v, pe)
+        return torch.addcmul(x, gate, self.linear2(torch.cat((attn, F.gelu(mlp, approximate="tanh")), dim=-1)))
+
+
+class LastLayer(nn.Module):
+    def __init__(self, hidden_size: int, out_channels: int):
+        super().__init__()
+        self.linear = nn.Linear(hidden_size, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)
+        return self.linear(modulate(x, shift, scale))

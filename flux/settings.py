@@ -1,0 +1,85 @@
+"""The flags that many commands share: what a recipe's own dataclass inherits.
+
+`flux/cli.py` reads this file as text: the comment on a field's line is its help, so it carries the unit. No torch here.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from flux.errors import UserError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """Settings of every command that makes pictures."""
+
+    model: str = "demo"  # a preset of flux/config.py: demo, dev, krea, schnell
+    weights: Path | None = None  # folder with the weights; without it FLUX_WEIGHTS, and for demo the shipped ones
+    flux: Path | None = None  # file of the transformer alone; without it FLUX_MODEL, then --weights
+    ae: Path | None = None  # file of the autoencoder alone; without it FLUX_AE, then --weights
+    clip: Path | None = None  # file or folder of the CLIP text encoder alone
+    t5: Path | None = None  # file or folder of the T5 encoder alone
+    siglip: Path | None = None  # file or folder of the SigLIP vision tower alone
+    swinir: Path | None = None  # file of the SwinIR restorer alone
+    width: int | None = None  # pixels, a multiple of 16: one token is 2 x 2 latents of 8 x 8 pixels
+    height: int | None = None  # pixels, a multiple of 16
+    steps: int | None = None  # Euler steps from noise to image; time grows with them
+    guidance: float | None = None  # distilled guidance: larger follows the prompt more and varies less
+    seed: int = 0  # of the noise; picture i uses seed + i and is the same alone or among others
+    num: int = 1  # pictures per prompt
+    out: Path = Path("out")  # folder for the pictures; nothing in it is overwritten
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes the first GPU there is
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of weights and arithmetic; auto is bf16 on GPU, else fp32
+    metadata: bool = True  # write into each picture how it was made, for --from
+
+    def __post_init__(self):
+        for name in ("width", "height"):
+            pixels = getattr(self, name)
+            if pixels is not None and (pixels < 16 or pixels % 16):
+                nearest = max(16, round(pixels / 16) * 16)
+                raise UserError(f"--{name} {pixels}: expected a positive multiple of 16 pixels; nearest is {nearest}")
+        _at_least(1, self, "steps", "num")
+        _at_least(0, self, "guidance", "seed")
+
+
+@dataclass(frozen=True)
+class Training:
+    """Settings of every training stage; the loop in train.py reads them all."""
+
+    data: Path | None = None  # folder with pictures and captions; without it the demo's renderer draws them
+    steps: int = 1000  # optimizer steps
+    lr: float = 1e-4  # learning rate of AdamW after warmup; a LoRA bears ten times more than a full model
+    batch: int = 1  # samples per forward pass: as many as fit in memory
+    accumulate: int = 1  # forward passes per optimizer step; batch * accumulate samples make one gradient
+    warmup: int = 100  # optimizer steps in which lr rises from 0: Adam's first variance estimates are poor
+    schedule: Literal["constant", "cosine"] = "constant"  # of lr after warmup; cosine falls to a hundredth at the end
+    beta2: float = 0.99  # AdamW's memory of squared gradients; 0.99 follows short trainings better than 0.999
+    weight_decay: float = 0.0  # AdamW's, decoupled
+    clip: float = 1.0  # largest gradient norm; 0 clips nothing
+    ema: float = 0.0  # decay per step of the averaged weights that are saved; 0 keeps no average
+    seed: int = 0  # of data order, noise and times; the same seed gives the same run
+    out: Path = Path("runs")  # folder that gets one run folder per training
+    resume: str = "auto"  # auto: the latest checkpoint of the run folder if any; none: afresh; or a checkpoint's path
+    save_every: int = 500  # optimizer steps between checkpoints: what a crash can cost
+    keep: int = 3  # checkpoints left on disk; older ones are deleted after a newer one is complete
+    log_every: int = 10  # optimizer steps between lines of metrics.jsonl
+    sample_every: int = 500  # optimizer steps between sample pictures, at fixed prompts and seeds; 0 draws none
+    device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes the first GPU there is
+    dtype: Literal["fp32", "bf16"] = "fp32"  # of the forward pass; weights stay fp32, bf16 is autocast
+    threads: int | None = None  # CPU threads; default: as many as PyTorch chooses
+
+    def __post_init__(self):
+        _at_least(1, self, "steps", "batch", "accumulate", "save_every", "keep", "log_every", "threads")
+        _at_least(0, self, "warmup", "seed", "sample_every")
+        if not self.lr > 0:
+            raise UserError(f"--lr {self.lr}: expected a learning rate above 0, such as 1e-4")
+        if not 0 <= self.ema < 1:
+            raise UserError(f"--ema {self.ema}: expected a decay from 0 to below 1, such as 0.999")
+
+
+def _at_least(least: int, settings, *names: str) -> None:
+    for name in names:
+        value = getattr(settings, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name.replace('_', '-')} {value}: expected {least} or more")

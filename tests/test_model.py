@@ -1,0 +1,397 @@
+"""The transformer against recorded tensors, the released names and sizes, its identities, and deliberately wrong variants."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from golden import load
+from torch import nn
+
+from flux import attention, latents, layers, model
+from flux.config import TINY, FluxConfig
+from flux.layers import LastLayer, MLPEmbedder, Modulation, QKNorm, time_embedding
+from flux.model import Flux
+
+MANIFESTS = Path(__file__).parent / "manifests"
+MODELS = ("flux_dev", "flux_schnell", "flux_fill", "flux_dev_diffusers")
+DTYPES = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("fp32", "bf16"))
+
+
+def matrices(pe):
+    """Our table (2, B, L, 1, E/2) -> the reference's rotation matrices (B, 1, L, E/2, 2, 2)."""
+    cos, sin = rearrange(pe, "two b l 1 e -> two b 1 l e")
+    return torch.stack((cos, -sin, sin, cos), dim=-1).unflatten(-1, (2, 2))
+
+
+# The functions, one by one.
+
+def functions(golden) -> dict[str, torch.Tensor]:
+    """Every float32 output of flux_functions, by its name."""
+    given, config = golden.inputs, golden.config
+    dim, axes = config["dim"], config["axes_small"]
+    parts = nn.ModuleDict({"qknorm": QKNorm(config["head_dim"]), "mod_double": Modulation(dim, 6),
+                           "mod_single": Modulation(dim, 3), "last": LastLayer(dim, config["out_channels"]),
+                           "mlp_embedder": MLPEmbedder(256, dim)})
+    parts.load_state_dict(golden.weights)
+    pe = attention.rotary_table(given["ids"], config["axes"], config["theta"])
+    small = attention.rotary_table(given["ids_small"], axes, config["theta"])
+    q, k, v = (given[name].transpose(1, 2) for name in "qkv")                    # (B, H, L, E) -> (B, L, H, E)
+    normed_q, normed_k = parts["qknorm"](q, k, v)
+    temb = time_embedding(given["t"])
+    return {"pe": matrices(pe), "pe_f64": matrices(pe), "pe_small": matrices(small),
+            "temb": temb, "temb_odd": time_embedding(given["t"], 33), "temb_large": time_embedding(given["t_large"]),
+            "qknorm_q": normed_q.transpose(1, 2), "qknorm_k": normed_k.transpose(1, 2),
+            "rope_q": attention.rotate(q, small).transpose(1, 2), "rope_k": attention.rotate(k, small).transpose(1, 2),
+            "attn": attention.attention(q, k, v, small),
+            "mod_double": torch.cat(parts["mod_double"](given["vec"]), dim=-1),
+            "mod_single": torch.cat(parts["mod_single"](given["vec"]), dim=-1),
+            "last": parts["last"](given["x"], given["vec"]), "mlp_embedder": parts["mlp_embedder"](temb)}
+
+
+def test_the_functions_equal_the_reference():
+    golden = load("flux_functions")
+    actual = functions(golden)
+    assert actual.keys() == {name for name in golden.outputs if not name.endswith("_bf16")}
+    for name, value in actual.items():
+        assert value.dtype == torch.float32, name
+        golden.close(value, name)
+
+
+def test_the_functions_in_bfloat16_round_as_the_reference():
+    golden = load("flux_functions")
+    given, config = {name: value.bfloat16() for name, value in golden.inputs.items()}, golden.config
+    small = attention.rotary_table(golden.inputs["ids_small"], config["axes_small"], config["theta"])
+    norm = QKNorm(config["head_dim"]).bfloat16()
+    norm.load_state_dict({key.removeprefix("qknorm."): v for key, v in golden.weights.items() if key.startswith("qknorm.")})
+    q, k, v = (given[name].transpose(1, 2) for name in "qkv")
+    normed_q, normed_k = norm(q, k, v)
+    actual = {"temb_bf16": time_embedding(given["t"]),
+              "qknorm_q_bf16": normed_q.transpose(1, 2), "qknorm_k_bf16": normed_k.transpose(1, 2),
+              "rope_q_bf16": attention.rotate(q, small).transpose(1, 2),
+              "rope_k_bf16": attention.rotate(k, small).transpose(1, 2)}
+    assert actual.keys() == golden.tolerance["equal_fraction"].keys()
+    for name, value in actual.items():
+        expected = golden.outputs[name]
+        assert value.dtype == torch.bfloat16, name
+        golden.close(value, name)
+        assert (value == expected).float().mean() >= golden.tolerance["equal_fraction"][name], name
+        assert ((value - expected).abs() <= expected.abs() / 128).all(), f"{name}: more than one bfloat16 step"
+
+
+def test_odd_heads_and_statistics_in_bfloat16():
+    """The mean of squares is formed in float32: in bfloat16, 256 + 1 is 256."""
+    x = torch.ones(1, 1, 1, 512, dtype=torch.bfloat16)
+    x[..., 0] = 16.0
+    norm = layers.RMSNorm(512).bfloat16()
+    torch.testing.assert_close(norm(x).float(), F.rms_norm(x.float(), (512,), eps=1e-6), atol=0, rtol=2**-8)
+
+
+# The whole network.
+
+def build(golden) -> Flux:
+    flux = Flux(FluxConfig(**golden.config["params"]))
+    flux.load_state_dict(golden.weights)
+    return flux.eval().requires_grad_(False)
+
+
+def run(golden, flux: Flux, dtype=torch.float32) -> dict[str, torch.Tensor]:
+    """Every output of the golden by its name; those of the second times carry `_b`, in bfloat16 `_b_bf16`."""
+    given, seen = golden.inputs, {}
+
+    def entering(block, args):
+        if not seen:
+            seen.update(img_in=args[0], txt_in=args[1], vec=args[2], pe=matrices(args[3]))
+
+    def after_double(block, args, out):
+        seen.setdefault("double0_img", out[0])
+        seen.setdefault("double0_txt", out[1])
+
+    def after_single(block, args, out):
+        seen.setdefault("single0", out)
+
+    hooks = [flux.double_blocks[0].register_forward_pre_hook(entering),
+             flux.double_blocks[0].register_forward_hook(after_double),
+             flux.single_blocks[0].register_forward_hook(after_single)]
+
+    def forward(b: str):
+        img, txt, y = (given[name].to(dtype) for name in ("img", "txt", "y"))
+        return flux(img, given["img_ids"], txt, given["txt_ids"], y, given["timesteps" + b], given.get("guidance" + b))
+
+    out = {"img": forward("")} | seen
+    seen.clear()
+    b = "_b" if dtype == torch.float32 else "_b_bf16"
+    out |= {"img" + b: forward("_b"), "vec" + b: seen["vec"]}
+    for hook in hooks:
+        hook.remove()
+    return {name: value for name, value in out.items() if name in golden.outputs}
+
+
+@DTYPES
+@pytest.mark.parametrize("name", MODELS)
+def test_equals_the_reference(name, dtype):
+    golden = load(name)
+    actual = run(golden, build(golden).to(dtype), dtype)
+    if dtype == torch.float32:
+        expected = {name for name in golden.outputs if not name.endswith("_bf16")}
+    else:
+        expected = golden.tolerance["bf16_reference_error"].keys()
+    assert actual.keys() == expected - {"img_diffusers"}
+    for output, value in actual.items():
+        assert value.dtype == (torch.float32 if output == "pe" else dtype), output
+        golden.close(value, output, dtype=dtype)
+
+
+def test_bfloat16_time_is_coarse():
+    """t and guidance are cast before the product with 1000, as released: in bfloat16 0.7431 becomes 744."""
+    exact = (1000 * torch.tensor([0.7431])).bfloat16()
+    assert exact == 744 and torch.equal(time_embedding(torch.tensor([0.7431]).bfloat16()).float(),
+                                        time_embedding(torch.tensor([0.744])).bfloat16().float())
+
+
+# Wrong variants: each is one plausible mistake and must exceed a tolerance.
+
+def rows(path: str, order: tuple[int, ...]):
+    """The output chunks of a linear in another order."""
+    def change(flux, patch):
+        for name, module in flux.named_modules():
+            if name.endswith(path):
+                for p in (module.weight, module.bias):
+                    p.copy_(torch.cat([p.chunk(len(order))[i] for i in order]))
+    return change
+
+
+def swap(owner, name: str, make):
+    """The function `name` of a module as `make(original)` returns it."""
+    return lambda flux, patch: patch.setattr(owner, name, make(getattr(owner, name)))
+
+
+def ids_changed(change):
+    return swap(model, "rotary_table", lambda table: lambda ids, axes, theta: table(change(ids), axes, theta))
+
+
+def halves(x, pe):
+    """Rotation of the first half of the channels against the second."""
+    (cos, sin), (a, b) = pe, x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
+
+
+def exact_gelu_in_double_blocks(flux, patch):
+    for module in flux.modules():
+        if isinstance(module, nn.GELU):
+            module.approximate = "none"
+
+
+def heads_first(flux, patch):
+    for name, module in flux.named_modules():
+        if name.endswith("attn.qkv"):
+            heads = flux.config.num_heads
+            for p in (module.weight, module.bias):
+                p.copy_(rearrange(p, "(three h e) ... -> (h three e) ...", three=3, h=heads))
+
+
+def query_and_key_scales_swapped(flux, patch):
+    for norm in flux.modules():
+        if isinstance(norm, QKNorm):
+            norm.query_norm, norm.key_norm = norm.key_norm, norm.query_norm
+
+
+def streams_swapped(flux, patch):
+    for block in flux.double_blocks:
+        block.img_mlp, block.txt_mlp = block.txt_mlp, block.img_mlp
+
+
+def mlp_before_attention(flux, patch):
+    for block in flux.single_blocks:
+        block.linear2.weight.copy_(block.linear2.weight.roll(-flux.config.hidden_size, dims=1))
+
+
+def text_tokens_returned(flux, patch):
+    """The first L_img tokens instead of the last."""
+    def keep_first(block, args, out):
+        return out.roll(out.shape[1] - seen["img"], dims=1)
+    seen = {}
+    flux.img_in.register_forward_hook(lambda module, args, out: seen.update(img=out.shape[1]))
+    flux.single_blocks[-1].register_forward_hook(keep_first)
+
+
+WRONG = {
+    "shift and scale swapped in the last layer": rows("final_layer.adaLN_modulation.1", (1, 0)),
+    "shift and scale swapped in the single blocks": rows("modulation.lin", (1, 0, 2)),
+    "gate first in the single blocks": rows("modulation.lin", (2, 0, 1)),
+    "both halves of the double modulation swapped": rows("img_mod.lin", (3, 4, 5, 0, 1, 2)),
+    "shift and scale swapped for the text": rows("txt_mod.lin", (1, 0, 2, 4, 3, 5)),
+    "q and k swapped": rows("attn.qkv", (1, 0, 2)),
+    "heads slowest in qkv": heads_first,
+    "query and key scales swapped": query_and_key_scales_swapped,
+    "MLPs of the streams swapped": streams_swapped,
+    "MLP before attention in linear2": mlp_before_attention,
+    "text tokens returned": text_tokens_returned,
+    "exact gelu": swap(F, "gelu", lambda gelu: lambda x, approximate="none": gelu(x)),
+    "exact gelu in the double blocks": exact_gelu_in_double_blocks,
+    "no rope": ids_changed(torch.zeros_like),
+    "image before text": ids_changed(lambda ids: torch.cat((ids[:, -15:], ids[:, :-15]), dim=1)),
+    "columns before rows": ids_changed(lambda ids: ids[..., [0, 2, 1]]),
+    "ids from one": ids_changed(lambda ids: ids + (ids.sum(-1, keepdim=True) > 0)),
+    "theta 1000": swap(model, "rotary_table", lambda table: lambda ids, axes, theta: table(ids, axes, 1000)),
+    "halves rotate": swap(attention, "rotate", lambda rotate: halves),
+    "rotation the other way round": swap(attention, "rotate", lambda rotate: lambda x, pe: rotate(
+        x, pe if x.sum() == 0 else torch.stack((pe[0], -pe[1])))),
+    "no scale in attention": swap(F, "scaled_dot_product_attention", lambda sdpa: lambda q, k, v: sdpa(q, k, v, scale=1.0)),
+    "eps 1e-5 in layer norm": swap(F, "layer_norm", lambda norm: lambda x, shape, eps: norm(x, shape, eps=1e-5)),
+    "eps 1e-5 in q and k norm": swap(F, "rms_norm", lambda norm: lambda x, shape, weight=None, eps=0: norm(
+        x, shape, weight, eps=1e-5)),
+    "q and k norm off": swap(QKNorm, "forward", lambda forward: lambda self, q, k, v: (q, k)),
+    "scale without one": swap(layers, "modulate", lambda modulate: lambda x, shift, scale: modulate(x, shift, scale - 1)),
+    "no guidance": lambda flux, patch: setattr(flux, "config", replace(flux.config, guidance_embed=False)),
+    "sines before cosines": swap(model, "time_embedding", lambda embed: lambda t: embed(t).roll(128, dims=-1)),
+    "time from 0 to 1": swap(model, "time_embedding", lambda embed: lambda t: embed(t / 1000)),
+    "no pooled text": lambda flux, patch: flux.vector_in.requires_grad_(False).out_layer.weight.zero_(),
+}
+
+
+@pytest.mark.parametrize("wrong", WRONG)
+def test_a_wrong_variant_exceeds_the_tolerance(wrong, monkeypatch):
+    golden = load("flux_dev")
+    flux = build(golden)
+    WRONG[wrong](flux, monkeypatch)
+    excess = {}
+    for name, value in run(golden, flux).items():
+        expected = golden.outputs[name]
+        excess[name] = ((value - expected).abs().max() / expected.abs().max() / golden.tol(name)).item()
+    assert max(excess.values()) > 1, excess
+
+
+# Sizes and names of the released files.
+
+@pytest.mark.parametrize(("name", "config", "count"), [
+    ("flux_dev", FluxConfig(), 11_901_408_320),
+    ("flux_schnell", FluxConfig(guidance_embed=False), 11_891_178_560),
+    ("flux_fill", FluxConfig(in_channels=64 + 64 + 256), 11_902_391_360),
+])
+def test_released_names_shapes_and_counts(name, config, count):
+    with torch.device("meta"):
+        flux = Flux(config)
+    assert {key: list(p.shape) for key, p in flux.state_dict().items()} == json.loads(
+        (MANIFESTS / f"{name}_bfl.json").read_text())
+    assert sum(p.numel() for p in flux.parameters()) == count
+    assert sum(p.numel() for p in flux.double_blocks[0].parameters()) == 339_831_296
+    assert sum(p.numel() for p in flux.single_blocks[0].parameters()) == 141_591_808
+
+
+# Identities.
+
+@pytest.fixture
+def tiny() -> Flux:
+    torch.manual_seed(0)
+    return Flux(replace(TINY, depth=2)).eval()
+
+
+def inputs(batch: int = 3, h: int = 4, w: int = 6, length: int = 5) -> dict[str, torch.Tensor]:
+    g = torch.Generator().manual_seed(1)
+    normal = [torch.randn(batch, *shape, generator=g) for shape in ((h * w // 4, 64), (length, 28), (24,))]
+    return {"img": normal[0], "img_ids": latents.image_ids(h, w), "txt": normal[1], "txt_ids": latents.text_ids(length),
+            "vec": normal[2], "t": torch.linspace(0.25, 0.75, batch), "guidance": torch.linspace(1, 2, batch)}
+
+
+@torch.no_grad()
+def test_residuals(tiny):
+    """Zeros change nothing, and residual i is added to the image stream right after double block i."""
+    given = inputs()
+    plain = tiny(**given)
+    zeros = [torch.zeros(3, 6, 32)] * 2
+    assert torch.equal(tiny(**given, residuals=zeros), plain)
+    for i in range(2):
+        extra = torch.randn(3, 6, 32, generator=torch.Generator().manual_seed(i))
+        hook = tiny.double_blocks[i].register_forward_hook(lambda block, args, out, extra=extra: (out[0] + extra, out[1]))
+        expected = tiny(**given)
+        hook.remove()
+        actual = tiny(**given, residuals=[extra if j == i else zeros[j] for j in range(2)])
+        assert torch.equal(actual, expected) and not torch.allclose(actual, plain, atol=1e-3)
+
+
+@torch.no_grad()
+def test_a_batch_equals_its_samples(tiny):
+    given = inputs()
+    alone = [tiny(**{name: x if name.endswith("ids") else x[i:i + 1] for name, x in given.items()}) for i in range(3)]
+    torch.testing.assert_close(tiny(**given), torch.cat(alone), atol=1e-6, rtol=1e-5)
+    ids = {name: x.expand(3, -1, -1) for name, x in given.items() if name.endswith("ids")}
+    assert torch.equal(tiny(**given | ids), tiny(**given))
+
+
+@torch.no_grad()
+def test_tokens_have_no_order_but_their_ids(tiny):
+    """Shuffled image tokens with their ids give the shuffled velocity; text, whose ids are zero, does not care at all."""
+    given, plain = inputs(), tiny(**inputs())
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(0))
+    moved = given | {"img": given["img"][:, order], "img_ids": given["img_ids"][:, order]}
+    torch.testing.assert_close(tiny(**moved), plain[:, order], atol=1e-6, rtol=1e-5)
+    torch.testing.assert_close(tiny(**given | {"txt": given["txt"].flip(1)}), plain, atol=1e-6, rtol=1e-5)
+    assert not torch.allclose(tiny(**given | {"img_ids": moved["img_ids"]}), plain, atol=1e-4)
+
+
+def test_text_never_rotates():
+    x = torch.randn(2, 5, 3, 16)
+    assert torch.equal(attention.rotate(x, attention.rotary_table(latents.text_ids(5), (4, 6, 6), 10_000)), x)
+
+
+def test_rotary_scores_depend_on_offsets_only():
+    """q at p against k at p + d scores the same wherever p is, and keeps the length of q."""
+    g = torch.Generator().manual_seed(0)
+    q, k = torch.randn(2, 1, 1, 1, 128, generator=g)
+
+    def score(at: list[int], offset: list[int]) -> float:
+        q_at, k_at = (attention.rotary_table(torch.tensor([[ids]]), (16, 56, 56), 10_000)
+                      for ids in (at, [a + d for a, d in zip(at, offset, strict=True)]))
+        torch.testing.assert_close(attention.rotate(q, q_at).norm(), q.norm())
+        return (attention.rotate(q, q_at) * attention.rotate(k, k_at)).sum().item()
+
+    for offset in ([0, 0, 0], [0, 3, -2], [1, -7, 11]):
+        here = score([0, 9, 9], offset)
+        for there in ([0, 40, 17], [3, 500, 63], [1, 4000, 4095]):
+            assert score(there, offset) == pytest.approx(here, abs=1e-4)
+    assert abs(score([0, 9, 9], [0, 3, -2]) - score([0, 9, 9], [0, 3, 2])) > 0.1
+
+
+@pytest.fixture
+def double(monkeypatch):
+    """float64 wherever the code asks for float32, so that a float64 model is one throughout."""
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+
+
+@torch.no_grad()
+def test_float32_is_near_float64(tiny, monkeypatch):
+    given = inputs()
+    single = tiny(**given)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    exact = tiny.double()(**{name: x.double() for name, x in given.items()})
+    assert exact.dtype == torch.float64
+    assert (single - exact).abs().max() <= 1e-4 * exact.abs().max()
+
+
+def test_gradients(tiny, double):
+    """Of the whole model with respect to every parameter and input, against differences in float64."""
+    given = {name: x.double() for name, x in inputs(batch=2, h=2, w=4, length=3).items()}
+    tiny = tiny.double()
+    parameters = dict(tiny.named_parameters())
+    moving = [given[name].requires_grad_() for name in ("img", "txt", "vec")]
+
+    def forward(img, txt, vec, *weights):
+        values = dict(zip(parameters, weights, strict=True))
+        return torch.func.functional_call(tiny, values, kwargs=given | {"img": img, "txt": txt, "vec": vec})
+
+    assert torch.autograd.gradcheck(forward, (*moving, *parameters.values()), fast_mode=True)
+    forward(*moving, *parameters.values()).square().sum().backward()
+    still = [name for name, p in parameters.items() if p.grad.abs().max() == 0]
+    assert not still, still
+
+
+def test_guidance_is_asked_for(tiny):
+    given = inputs()
+    with pytest.raises(AssertionError, match="guidance"):
+        tiny(**given | {"guidance": None})
+    changed = tiny(**given | {"guidance": given["guidance"] + 1})
+    assert not torch.allclose(changed, tiny(**given), atol=1e-4)

@@ -1,0 +1,171 @@
+"""Train: `python train.py RECIPE STAGE [flags]`; `python train.py --help` lists both.
+
+The loop is below, and it is all there is: a task gives batches and a loss, the loop owns the optimiser, the moving
+average, the checkpoints and what one looks at (metrics.jsonl, loss.png, samples/). A task (see `flux/recipes/`) has
+
+    trainable() -> nn.Module        whose parameters that require grad are trained
+    batch(step, micro) -> object    drawn from (seed, step, micro) alone, so that a resumed run sees the same data
+    loss(batch) -> Tensor           a scalar
+    preview() -> PIL.Image | None   made with the averaged weights
+    save(folder) -> None            the trained weights, averaged, in the form that the sampler loads
+
+A stage without a loop, such as an evaluation, has `run()` instead of `task()`.
+"""
+
+import json
+import math
+import sys
+import time
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+from flux import cli
+
+if __name__ == "__main__" and (len(sys.argv) == 1 or cli.wants_help(sys.argv[1:])):
+    cli.run(cli.training)  # help needs no torch, whose import takes seconds
+
+import torch  # noqa: E402
+from torch import Tensor, nn  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from flux import pictures, resume  # noqa: E402
+from flux.errors import UserError  # noqa: E402
+
+
+def learning_rate(step: int, settings) -> float:
+    """Linear warm-up, then constant or cosine to a hundredth."""
+    warm = min(1.0, (step + 1) / max(settings.warmup, 1))
+    if settings.schedule == "constant":
+        return settings.lr * warm
+    done = min(1.0, step / max(settings.steps, 1))
+    return settings.lr * warm * (0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * done)))
+
+
+class Ema:
+    """Moving average of the trained parameters, in float32; its decay ramps up, so that early steps fade."""
+
+    def __init__(self, parameters: dict[str, Tensor], decay: float):
+        self.decay = decay
+        self.parameters = parameters
+        self.average = {name: p.detach().float().clone() for name, p in parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        decay = min(self.decay, (1 + step) / (10 + step))
+        for name, p in self.parameters.items():
+            self.average[name].lerp_(p.detach().float(), 1 - decay)
+
+    @contextmanager
+    def applied(self):
+        """The averaged weights in place of the trained ones."""
+        kept = {name: p.detach().clone() for name, p in self.parameters.items()}
+        with torch.no_grad():
+            for name, p in self.parameters.items():
+                p.copy_(self.average[name])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, p in self.parameters.items():
+                    p.copy_(kept[name])
+
+
+def train(task, settings, run: Path) -> None:
+    """Run a task to its last step in the folder `run`, from its newest checkpoint if there is one."""
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    model = task.trainable()
+    parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimiser = torch.optim.AdamW(parameters.values(), lr=settings.lr, betas=(0.9, settings.beta2),
+                                  weight_decay=settings.weight_decay, fused=True)
+    owned = {id(p) for group in optimiser.param_groups for p in group["params"]}
+    assert owned == {id(p) for p in model.parameters() if p.requires_grad}, "the optimiser owns what requires grad"
+    ema = Ema(parameters, settings.ema)
+    step = resume.load(run, settings.resume, parameters, optimiser, ema.average)
+    device = next(iter(parameters.values())).device.type
+    autocast = torch.autocast(device, torch.bfloat16) if settings.dtype == "bf16" else nullcontext()
+    run.mkdir(parents=True, exist_ok=True)
+    metrics = resume.open_metrics(run / "metrics.jsonl", step)
+    losses = [json.loads(line)["loss"] for line in metrics.read_text().splitlines()]
+    bar = tqdm(total=settings.steps, initial=step, desc=run.name, disable=None if sys.stderr.isatty() else True)
+    model.train()
+    if step == 0:
+        print(f"{run}: {sum(p.numel() for p in parameters.values()):,} parameters to train", flush=True)
+    try:
+        while step < settings.steps:
+            started = time.perf_counter()
+            for group in optimiser.param_groups:
+                group["lr"] = learning_rate(step, settings)
+            total = 0.0
+            for micro in range(settings.accumulate):
+                with autocast:
+                    loss = task.loss(task.batch(step, micro)) / settings.accumulate
+                loss.backward()
+                total += loss.item()
+            norm = nn.utils.clip_grad_norm_(parameters.values(), settings.clip or math.inf).item()
+            if not math.isfinite(total) or not math.isfinite(norm):
+                raise UserError(f"step {step}: loss {total}, gradient norm {norm}; expected finite numbers; lower --lr "
+                                f"(now {settings.lr}) and start again from the last checkpoint in {run}")
+            optimiser.step()
+            optimiser.zero_grad(set_to_none=True)
+            ema.update(step)
+            step += 1
+            losses.append(total)
+            row = {"step": step, "loss": round(total, 6), "lr": optimiser.param_groups[0]["lr"],
+                   "grad_norm": round(norm, 4), "seconds": round(time.perf_counter() - started, 4)}
+            with metrics.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+            bar.update()
+            if step % settings.log_every == 0:
+                bar.set_postfix(loss=f"{sum(losses[-100:]) / len(losses[-100:]):.4f}")
+                if not sys.stderr.isatty():
+                    print(f"{run.name} step {step}/{settings.steps} loss {sum(losses[-100:]) / len(losses[-100:]):.4f} "
+                          f"{row['seconds']:.2f} s/step", flush=True)
+            if (settings.sample_every and step % settings.sample_every == 0) or step == settings.steps:
+                look(task, ema, model, run, step, losses)
+            if step % settings.save_every == 0 or step == settings.steps:
+                resume.save(run, step, parameters, optimiser, ema.average, keep=settings.keep)
+    except KeyboardInterrupt:
+        resume.save(run, step, parameters, optimiser, ema.average, keep=settings.keep)
+        print(f"\nstopped at step {step} and saved; the same command goes on from there", file=sys.stderr)
+        raise
+    finally:
+        bar.close()
+    with ema.applied():
+        model.eval()
+        task.save(run)
+
+
+def look(task, ema: Ema, model: nn.Module, run: Path, step: int, losses: list[float]) -> None:
+    """samples/step_*.png from the averaged weights, and loss.png."""
+    model.eval()
+    with ema.applied(), torch.inference_mode():
+        picture = task.preview()
+    model.train()
+    (run / "samples").mkdir(exist_ok=True)
+    if picture is not None:
+        pictures.write_png(run / "samples" / f"step_{step:06d}.png", picture, None)
+    window = max(1, min(100, len(losses) // 10))
+    smooth, average = [], losses[0]
+    for loss in losses:
+        average += (loss - average) / window
+        smooth.append(average)
+    pictures.write_png(run / "loss.png", pictures.loss_plot(list(range(1, len(losses) + 1)), losses, smooth), None)
+
+
+def main(argv: list[str]) -> None:
+    """One stage; or those that a recipe without a named stage lists; or, where there is no loop, what its `run` does."""
+    name, named, chosen = cli.training(argv)
+    for stage, settings in chosen.stages() if hasattr(chosen, "stages") else [(named, chosen)]:
+        print(f"# {name} {stage}\n{cli.to_toml(settings)}", flush=True)
+        if hasattr(settings, "run"):
+            settings.run()
+            continue
+        run = settings.out / "-".join(filter(None, (name, stage)))
+        run.mkdir(parents=True, exist_ok=True)
+        cli.write_toml(run / "config.toml", settings, f"python train.py {name} {stage}")
+        train(settings.task(), settings, run)
+
+
+if __name__ == "__main__":
+    cli.run(main)
