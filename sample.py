@@ -60,6 +60,7 @@ def overview(found: dict[str, Path]) -> str:
     """Every recipe that samples with its line, then the flags of the default one."""
     described = {name: cli.describe(path) for name, path in found.items()}
     rows = [(name, recipe.doc) for name, recipe in described.items() if recipe.sample]
+    rows.append(("bench", "Times text encoders, transformer and autoencoder, against diffusers where it is installed."))
     usage = "usage: python sample.py [recipe] [arguments]"
     text = f"{usage}\n\nRecipes, {DEFAULT} when none is named:\n\n{cli.columns(rows)}"
     return f"{text}\n\n{help_of(DEFAULT, found)}" if DEFAULT in found else text

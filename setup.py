@@ -12,7 +12,7 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["flux", "flux.*", "lora", "lora.*", "vlm_client", "vlm_client.*", "kernels", "kernels.*"]),
+    packages=find_packages(include=["flux*", "lora*", "vlm_client*", "kernels*"]),
     package_data={"flux.demo": ["weights/*.safetensors", "weights/*.json", "weights/tokenizer/*", "weights/tokenizer_2/*"]},
     install_requires=[
         "torch>=2.6",

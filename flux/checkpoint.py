@@ -29,7 +29,8 @@ from torch import Tensor
 from flux.errors import UserError
 
 HEADER_LIMIT = 8 * 2**20  # bytes; FLUX.1's is 90 kB, a LoRA with its tag statistics a few MB
-TENSOR_LIMIT = 50_000  # names; the largest file we know has 2,736
+TENSOR_LIMIT = 20_000  # names; the largest file we know has 2,736
+BRACKET_LIMIT = 20 * TENSOR_LIMIT  # a tensor needs three, text in the metadata has some; each costs far more once parsed
 DTYPES = {
     "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -79,6 +80,36 @@ class Header:
     offset: int  # bytes before the first tensor
 
 
+class Mapped(Mapping):
+    """Tensors of one file or several, by name. Each is a view of the file, made when asked for and read when touched."""
+
+    def __init__(self, places: dict[str, tuple[mmap.mmap, int, Entry]]):
+        self.places = places  # memory of the file, bytes before its first tensor, the tensor
+
+    def __getitem__(self, name: str) -> Tensor:
+        memory, offset, entry = self.places[name]
+        count = entry.end - entry.start
+        if not count:
+            return torch.empty(entry.shape, dtype=entry.dtype)
+        data = torch.frombuffer(memory, dtype=torch.uint8, offset=offset + entry.start, count=count)
+        if data.data_ptr() % entry.dtype.itemsize:
+            data = data.clone()  # torch views, and some processors, want numbers at multiples of their size
+        return data.view(entry.dtype).view(entry.shape)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.places  # Mapping's own would make the tensor
+
+    def layout(self) -> dict[str, Tensor]:
+        return {name: torch.empty(entry.shape, dtype=entry.dtype, device="meta")
+                for name, (_, _, entry) in self.places.items()}
+
+
 def shown(name: object) -> str:
     """Something from outside, in one short printable line."""
     text = name if isinstance(name, str) else str(name) if isinstance(name, Path) else reprlib.repr(name)
@@ -94,7 +125,7 @@ def refuse(path: Path, what: str, expected: str, remedy: str) -> CheckpointError
     return CheckpointError(f"{shown(path)} {what}; expected {expected}: {remedy}")
 
 
-def read(path: Path) -> dict[str, Tensor]:
+def read(path: Path) -> Mapped:
     """A file, an `index.json` with its shards, or a folder with either -> tensors by name, mapped from disk.
 
     Pages are read when touched; writing into a tensor changes memory, never the file.
@@ -146,7 +177,7 @@ def shards(index: Path) -> dict[str, str]:
     return table
 
 
-def _read_shards(index: Path) -> dict[str, Tensor]:
+def _read_shards(index: Path) -> Mapped:
     table = shards(index)
     names = sorted(set(table.values()))
     for name in names:
@@ -159,7 +190,7 @@ def _read_shards(index: Path) -> dict[str, Tensor]:
     if strays:
         raise refuse(index, f"places {listed(strays)} elsewhere than the shards do", "files of one download",
                      "download all of them again")
-    return {key: parts[name][key] for key, name in table.items()}
+    return Mapped({key: parts[name].places[key] for key, name in table.items()})
 
 
 @contextmanager
@@ -191,6 +222,8 @@ def _parse(text: bytes):
             twice = next(name for name, _ in pairs if name in seen or seen.add(name))
             raise _Flaw(f"{shown(twice)} stands in it twice")
         return table
+    if text.count(b"[") + text.count(b"{") > BRACKET_LIMIT:
+        raise _Flaw("it has brackets without end")
     return json.loads(text.decode(), object_pairs_hook=unique)
 
 
@@ -271,7 +304,7 @@ def _check_layout(entries: dict[str, Entry], available: int) -> None:
         raise _Flaw(f"{available - end} bytes follow its last tensor")
 
 
-def _map(path: Path) -> dict[str, Tensor]:
+def _map(path: Path) -> Mapped:
     with _opened(path) as (file, size):
         header = _header(file, size, path)
         if sys.platform == "linux":
@@ -280,17 +313,7 @@ def _map(path: Path) -> dict[str, Tensor]:
             memory = mmap.mmap(file.fileno(), size, flags=flags, prot=mmap.PROT_READ | mmap.PROT_WRITE)
         else:
             memory = mmap.mmap(file.fileno(), size, access=mmap.ACCESS_COPY)
-    return {name: _view(memory, header.offset, entry) for name, entry in header.entries.items()}
-
-
-def _view(memory: mmap.mmap, offset: int, entry: Entry) -> Tensor:
-    count = entry.end - entry.start
-    if not count:
-        return torch.empty(entry.shape, dtype=entry.dtype)
-    data = torch.frombuffer(memory, dtype=torch.uint8, offset=offset + entry.start, count=count)
-    if data.data_ptr() % entry.dtype.itemsize:
-        data = data.clone()  # torch views, and some processors, want numbers at multiples of their size
-    return data.view(entry.dtype).view(entry.shape)
+    return Mapped({name: (memory, header.offset, entry) for name, entry in header.entries.items()})
 
 
 def check_finite(tensors: Mapping[str, Tensor], path: Path) -> None:

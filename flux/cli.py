@@ -460,6 +460,6 @@ def run(main: Callable[[list[str]], int | None]) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         where = f" while writing {error.filename}" if error.filename else ""
-        print(f"error: no space left on the disk{where}; free some and run the command again", file=sys.stderr)
+        print(f"error: {error.strerror}{where}; free some and run the command again", file=sys.stderr)
         code = 1
     sys.exit(code)

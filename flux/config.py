@@ -30,10 +30,10 @@ class FluxConfig:
     def __post_init__(self):
         object.__setattr__(self, "axes_dim", tuple(self.axes_dim))
         if self.hidden_size % self.num_heads or sum(self.axes_dim) != self.head_dim:
-            raise ValueError(f"axes_dim {self.axes_dim} must sum to hidden_size {self.hidden_size} / num_heads "
+            raise UserError(f"axes_dim {self.axes_dim} must sum to hidden_size {self.hidden_size} / num_heads "
                              f"{self.num_heads}")
         if any(width % 2 for width in self.axes_dim):
-            raise ValueError(f"axes_dim {self.axes_dim} must be even: channels rotate in pairs")
+            raise UserError(f"axes_dim {self.axes_dim} must be even: channels rotate in pairs")
 
     @property
     def head_dim(self) -> int:

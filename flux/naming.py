@@ -144,6 +144,9 @@ class Renamed(Mapping):
     def __len__(self) -> int:
         return len(self.recipes)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.recipes  # Mapping's own would make the tensor
+
     def layout(self) -> dict[str, Tensor]:
         triples = ((name, *recipe) for name, recipe in self.recipes.items())
         return dict(Renamed(layout(self.source), triples, self.path))
@@ -255,7 +258,7 @@ def _transformer_to_bfl(state: Mapping[str, Tensor]) -> Iterator[Recipe]:
 
 
 def _transformer_to_diffusers(state: Mapping[str, Tensor]) -> Iterator[Recipe]:
-    width = layout(state)["img_in.bias"].shape[0] if "img_in.bias" in state else 0
+    width = layout(state)["img_in.bias"].shape[0] if "img_in.bias" in state else 0  # without it nothing can be cut
     rest = dict.fromkeys(state)
     for ours, theirs in _transformer_names(state):
         if ours not in rest:
@@ -305,7 +308,11 @@ def _swapped(tensor: Tensor) -> Tensor:
 
 
 def _rows(start: int, stop: int | None) -> Callable[[Tensor], Tensor]:
-    return lambda tensor: tensor[start:stop]
+    def cut(tensor: Tensor) -> Tensor:
+        if start >= (len(tensor) if stop is None else min(stop, len(tensor))):
+            raise ValueError("no rows left")
+        return tensor[start:stop]
+    return cut
 
 
 def _linear(weight: Tensor) -> Tensor:

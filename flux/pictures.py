@@ -151,7 +151,7 @@ def to_pil(image: "Tensor") -> list[Image.Image]:
 def write_png(path: str | Path, pil: Image.Image, metadata: dict | None) -> None:
     """Writes a PNG, whole or not at all, over what was there; with `metadata` (JSON values), its recipe inside.
 
-    Of the metadata, `prompt`, `seed` and `config` (steps, guidance, model) also make the `parameters` text.
+    Of the metadata, `prompt`, `seed`, `steps`, `guidance` and `config` (for the model) also make the `parameters` text.
     UserError when it cannot be written.
     """
     info = None
@@ -166,7 +166,7 @@ def write_png(path: str | Path, pil: Image.Image, metadata: dict | None) -> None
 
 def parameters(metadata: dict, size: tuple[int, int]) -> str:
     """The text other programs show: prompt, then one line of settings, in the form begun by A1111's web interface."""
-    config = metadata.get("config", {})
+    config = {**metadata.get("config", {}), **{key: metadata[key] for key in ("steps", "guidance") if key in metadata}}
     settings = {"Steps": config.get("steps"), "Sampler": "Euler", "CFG scale": config.get("guidance"),  # the distilled
                 "Seed": metadata.get("seed"), "Size": f"{size[0]}x{size[1]}", "Model": config.get("model")}
     line = ", ".join(f"{key}: {_quoted(value)}" for key, value in settings.items() if value is not None)

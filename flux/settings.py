@@ -20,8 +20,6 @@ class Sampling:
     ae: Path | None = None  # file of the autoencoder alone; without it FLUX_AE, then --weights
     clip: Path | None = None  # file or folder of the CLIP text encoder alone
     t5: Path | None = None  # file or folder of the T5 encoder alone
-    siglip: Path | None = None  # file or folder of the SigLIP vision tower alone
-    swinir: Path | None = None  # file of the SwinIR restorer alone
     width: int | None = None  # pixels, a multiple of 16: one token is 2 x 2 latents of 8 x 8 pixels
     height: int | None = None  # pixels, a multiple of 16
     steps: int | None = None  # Euler steps from noise to image; time grows with them

@@ -17,12 +17,12 @@ import zipfile
 from dataclasses import replace
 from pathlib import Path
 
-import golden
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+import golden
 from flux import checkpoint, naming, weights
 from flux.autoencoder import AutoEncoder
 from flux.checkpoint import CheckpointError, read, save
@@ -70,6 +70,7 @@ def at(part, path):
 
 def raw(header, data=b"", length=None):
     text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    text += b" " * (-len(text) % 8) if isinstance(header, dict) else b""
     return (len(text) if length is None else length).to_bytes(8, "little") + text + data
 
 
@@ -189,7 +190,7 @@ def test_mutated_files_give_only_our_error(tmp_path, hard):
         rng = random.Random(seed)
         build = seed % 25 == 0
         path.write_bytes(mutate(whole if build else mixed, rng))
-        start = time.perf_counter()
+        start = time.process_time()
         try:
             if build:
                 weights.load_flux(at("flux", path), SMALL, torch.float32)
@@ -204,7 +205,7 @@ def test_mutated_files_give_only_our_error(tmp_path, hard):
         except CheckpointError as error:
             assert str(path) in str(error) and "\n" not in str(error) and str(error).isprintable(), seed
             outcomes["refused"] += 1
-        slowest = max(slowest, time.perf_counter() - start)
+        slowest = max(slowest, time.process_time() - start)
         path.unlink()
     assert slowest < 1
     assert min(outcomes.values()) > seed / 200, outcomes
@@ -259,7 +260,8 @@ BROKEN = {  # name: (bytes, what the message must say)
     "truncated data": (WHOLE[:-3], "truncated, with 5 of 8 bytes"),
     "trailing bytes": (WHOLE + b"xy", "2 bytes follow"),
     "huge header": (raw(b"{" + bytes(100), length=2**62), "claims 4611686018427387904 bytes"),
-    "duplicate key": (raw(b'{"a":%s,"a":%s}' % ((json.dumps(entry()).encode(),) * 2), bytes(8)), "a stands in it twice"),
+    "duplicate key": (raw(b'{"a":%s,"a":%s}' % ((json.dumps(entry()).encode(),) * 2), bytes(8)),
+                      "a stands in it twice"),
     "duplicate field": (raw(b'{"a":{"dtype":"F32","dtype":"F16","shape":[2],"data_offsets":[0,8]}}', bytes(8)),
                         "dtype stands in it twice"),
     "no json": (raw(b"{'a': 1}"), "no JSON"),
@@ -344,18 +346,19 @@ def test_paths_that_are_no_files(tmp_path):
 
 
 def test_large_hostile_headers_are_quick(tmp_path):
-    limit = checkpoint.HEADER_LIMIT
+    limit, tensors = checkpoint.HEADER_LIMIT, checkpoint.TENSOR_LIMIT
     one = b'"%d":{"dtype":"F32","shape":[],"data_offsets":[0,0]},'
     texts = [b'{"a":[' + b"[]," * (limit // 3 - 9) + b"[]]}", b"{" + b'"a":1,' * (limit // 6 - 9) + b'"b":1}',
              b"{" + b"".join(one % i for i in range(limit // 70)) + b'"x":1}', b'{"a":' * (limit // 6),
              b'{"' + b"x" * (limit - 20) + b'":1}', b'{"a":[' + b"9," * (limit // 2 - 9) + b"9]}",
-             json.dumps({f"double_blocks.{i}.x": entry("U8", (0,), (0, 0)) for i in range(49_000)}).encode()]
+             b"{" + b",".join(b'"%d":1' % i for i in range(limit // 11)) + b"}",
+             json.dumps({f"double_blocks.{i}.x": entry("U8", (0,), (0, 0)) for i in range(tensors)}).encode()]
     for text in texts:
         (tmp_path / "x").write_bytes(raw(text))
-        start = time.perf_counter()
+        start = time.process_time()  # the machine may be busy
         with pytest.raises(CheckpointError):
             weights.load_flux(at("flux", tmp_path / "x"), SMALL)
-        assert time.perf_counter() - start < 1, text[:40]
+        assert time.process_time() - start < 1, text[:40]
 
 
 def test_nan_and_inf_are_found_when_asked(tmp_path):
@@ -397,9 +400,16 @@ def test_tensors_stay_on_disk_and_the_file_as_it_is(tmp_path):
 
 
 def test_a_tensor_between_the_bounds_of_its_numbers(tmp_path):
-    (tmp_path / "x").write_bytes(raw({"a": entry("U8", (1,), (0, 1)), "b": entry("F32", (2,), (1, 9))},
-                                     b"\7" + torch.tensor([1.5, -2.0]).numpy().tobytes()))
-    assert read(tmp_path / "x")["b"].tolist() == [1.5, -2.0]
+    """Old writers did not pad the header. Such a tensor must be copied, but no sooner than it is asked for."""
+    path, text = tmp_path / "x", json.dumps({"b": entry()}).encode()
+    text += b" " * (1 - len(text) % 2)
+    path.write_bytes(raw(text, torch.tensor([1.5, -2.0]).numpy().tobytes()))
+    tensors = read(path)
+    assert tensors["b"].tolist() == [1.5, -2.0] and "b" in tensors and tensors.layout()["b"].is_meta
+    with open(path, "r+b") as file:
+        file.seek(-8, os.SEEK_END)
+        file.write(torch.tensor([3.0, 4.0]).numpy())
+    assert tensors["b"].tolist() == [3, 4]
 
 
 def test_saving_is_whole_or_nothing(tmp_path, monkeypatch):
@@ -438,20 +448,14 @@ def test_saving_is_whole_or_nothing(tmp_path, monkeypatch):
 
 def test_a_disk_that_fills_up(tmp_path):
     """A real write that fails half-way: the system limits the size of files."""
-    script = f"""
-        import errno, resource, torch
-        from flux.checkpoint import save
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
-        try:
-            save({str(tmp_path / "x")!r}, {{"a": torch.ones(100_000)}})
-        except OSError as error:
-            assert error.errno == errno.ENOSPC and "400072 bytes needed" in str(error), error
-        else:
-            raise SystemExit("not refused")
-    """
-    subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, cwd=ROOT)
-    assert os.listdir(tmp_path) == []
-    assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 100_000
+    soft, hard_limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard_limit))
+    try:
+        with pytest.raises(OSError, match="400104 bytes needed") as error:
+            save(tmp_path / "x", {"a": torch.ones(100_000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard_limit))
+    assert error.value.errno == errno.ENOSPC and os.listdir(tmp_path) == []
 
 
 def write_shards(folder, files, table=None):
@@ -484,8 +488,8 @@ def test_shards(tmp_path):
         read(folder)
 
 
-@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..\\x.safetensors", "..",
-                                  ".safetensors", "C:x.safetensors", "a\0.safetensors", "x.bin", "", 7, None, ["a"]])
+@pytest.mark.parametrize("name", ["../x.safetensors", "/etc/x.safetensors", "a/b.safetensors", "..\\x.safetensors",
+                                  "..", ".safetensors", "C:x.safetensors", "a\0.safetensors", "x.bin", "", 7, None, ["a"]])
 def test_shards_stay_in_their_folder(name, tmp_path):
     save(tmp_path / "x.safetensors", {"a": torch.ones(1)})
     write_shards(tmp_path / "t5", {}, {"a": name})
@@ -546,37 +550,53 @@ def test_loading_is_strict(tmp_path):
         weights.load_flux(at("flux", tmp_path / "x"), replace(SMALL, in_channels=384))
 
 
-@pytest.mark.parametrize("naming_of", ["bfl", "diffusers"])
-def test_24_gigabytes_open_at_once(naming_of, tmp_path):
-    """FLUX.1-dev in bf16 as a sparse file: under 5 s and 1 GiB of memory; diffusers' form opens its q, k, v when asked."""
-    tensors, header, end = manifest(f"flux_dev_{naming_of}"), {}, 0
-    for name, tensor in tensors.items():
-        header[name], end = entry("BF16", tensor.shape, (end, end + tensor.nbytes)), end + tensor.nbytes
-    path = tmp_path / "flux1-dev.safetensors"
-    with open(path, "wb") as file:
-        offset = file.write(raw(header))
-        file.truncate(offset + end)
-    assert path.stat().st_size > 23.8e9 and path.stat().st_blocks * 512 < 1e6
+def test_24_gigabytes_open_at_once(tmp_path):
+    """FLUX.1-dev in bf16 as a sparse file: under 5 s and 1 GiB of memory; diffusers' form is joined when asked for."""
+    for form in ("bfl", "diffusers"):
+        header, end = {}, 0
+        for name, tensor in manifest(f"flux_dev_{form}").items():
+            header[name], end = entry("BF16", tensor.shape, (end, end + tensor.nbytes)), end + tensor.nbytes
+        with open(tmp_path / form, "wb") as file:
+            file.truncate(file.write(raw(header)) + end)
+        assert (tmp_path / form).stat().st_size > 23.8e9 and (tmp_path / form).stat().st_blocks * 512 < 1e6
     script = f"""
-        import time, torch
+        import os, threading, time, torch
         from flux import weights
         from flux.config import FluxConfig
-        found = weights.find(weights.PRESETS["dev"], {str(tmp_path)!r}, env={{}})
-        start = time.perf_counter()
-        if {naming_of == "bfl"}:
-            model = weights.load_flux(found, FluxConfig(), torch.bfloat16)
-            assert sum(parameter.numel() for parameter in model.parameters()) == 11_901_408_320
-            assert not any(tensor.is_meta for tensor in model.parameters())
-        else:
-            state = weights.state_of(found, "flux")
-            assert len(state) == 780 and state["double_blocks.3.img_attn.qkv.weight"].shape == (9216, 3072)
-        seconds = time.perf_counter() - start
-        memory = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
-        print(seconds, int(memory.split()[1]) * 1024)
+
+        def memory():
+            line = next(line for line in open("/proc/self/status") if line.startswith("RssAnon"))
+            return int(line.split()[1]) * 1024
+
+        def watch():  # a regression must fail here, not take the machine's memory
+            while memory() < 2**30:
+                time.sleep(0.01)
+            os._exit(3)
+
+        threading.Thread(target=watch, daemon=True).start()
+        start = time.process_time()
+        model = weights.load_flux(weights.find(weights.PRESETS["dev"], None, {{"flux": "{tmp_path}/bfl"}}, {{}}),
+                                  FluxConfig(), torch.bfloat16)
+        print(time.process_time() - start)
+        assert sum(parameter.numel() for parameter in model.parameters()) == 11_901_408_320
+        assert not any(tensor.is_meta for tensor in model.parameters())
+        found = weights.find(weights.PRESETS["dev"], None, {{"flux": "{tmp_path}/diffusers"}}, {{}})
+        state = weights.state_of(found, "flux")
+        assert len(state) == 780 and state["double_blocks.3.img_attn.qkv.weight"].shape == (9216, 3072)
     """
-    seconds, memory = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, cwd=ROOT, text=True,
-                                     stdout=subprocess.PIPE).stdout.split()
-    assert float(seconds) < 5 and int(memory) < 2**30, (seconds, memory)
+    done = subprocess.run([sys.executable, "-c", textwrap.dedent(script)], cwd=ROOT, text=True, capture_output=True,
+                          timeout=120)
+    for form in ("bfl", "diffusers"):
+        (tmp_path / form).unlink()
+    assert done.returncode == 0, done.stderr or "more than 1 GiB of memory"
+    assert float(done.stdout) < 5
+
+
+def test_a_file_larger_than_memory_is_mapped(tmp_path):
+    with open(tmp_path / "x", "wb") as file:
+        file.truncate(file.write(raw({"a": entry("U8", (2**40,), (0, 2**40))})) + 2**40)
+    assert read(tmp_path / "x")["a"][-1] == 0
+    (tmp_path / "x").unlink()
 
 
 # Names
@@ -613,7 +633,8 @@ def test_full_size_names_and_shapes(name):
     ("flux_dev_bfl", "flux", lambda: Flux(DEV.flux)), ("flux_dev_diffusers", "flux", lambda: Flux(DEV.flux)),
     ("flux_schnell_bfl", "flux", lambda: Flux(SCHNELL.flux)),
     ("flux_fill_bfl", "flux", lambda: Flux(replace(DEV.flux, in_channels=384))),
-    ("ae_bfl", "ae", lambda: AutoEncoder(DEV.autoencoder)), ("ae_diffusers", "ae", lambda: AutoEncoder(DEV.autoencoder)),
+    ("ae_bfl", "ae", lambda: AutoEncoder(DEV.autoencoder)),
+    ("ae_diffusers", "ae", lambda: AutoEncoder(DEV.autoencoder)),
     ("clip_l_text", "clip", lambda: ClipText(DEV.clip)), ("t5_xxl_encoder", "t5", lambda: T5Encoder(DEV.t5)),
     ("siglip_so400m_patch14_384", "siglip", lambda: SiglipVision(DEV.siglip)),
 ])
@@ -649,7 +670,7 @@ def test_clip_and_t5_in_their_many_forms():
     both = siglip | {"text_model.head.weight": torch.ones(2), "logit_bias": torch.ones(1)}
     assert_equal(dict(naming.select(both, "siglip", "x")), siglip)
     for part, tensors in (("clip", clip), ("t5", t5)):
-        assert "lm_head.weight" in naming.select(tensors | {"lm_head.weight": torch.ones(1)}, part, "x")  # then an error
+        assert "odd.weight" in naming.select(tensors | {"odd.weight": torch.ones(1)}, part, "x")  # unexpected in load
 
 
 @pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16])
@@ -711,7 +732,8 @@ LAYOUTS = {
                 "siglip": "models/clip_vision/sigclip_vision_patch14_384.safetensors"},
     "comfyui models": {"flux": "diffusion_models/flux1-dev-fp8.safetensors", "ae": "vae/ae.safetensors",
                        "clip": "text_encoders/clip_l.safetensors", "t5": "clip/t5xxl_fp16.safetensors"},
-    "diffusers": {"flux": "transformer/diffusion_pytorch_model.safetensors", "ae": "vae/diffusion_pytorch_model.safetensors",
+    "diffusers": {"flux": "transformer/diffusion_pytorch_model.safetensors",
+                  "ae": "vae/diffusion_pytorch_model.safetensors",
                   "clip": "text_encoder/model.safetensors", "t5": "text_encoder_2/model.safetensors",
                   "siglip": "image_encoder/model.safetensors"},
     "diffusers inside": {"flux": "FLUX.1-dev/transformer/diffusion_pytorch_model.safetensors"},
@@ -761,10 +783,11 @@ def test_what_is_named_comes_first(tmp_path):
 
 def test_a_missing_part_says_where_to_get_it(tmp_path):
     found = weights.find(DEV, tmp_path, env={})
-    with pytest.raises(UserError, match=f"autoencoder is missing .not in {tmp_path}.* black-forest-labs/FLUX.1-dev|--ae".replace(
-            " black", ".*black")):
+    with pytest.raises(UserError) as error:
         weights.load_autoencoder(found, AE)
-    with pytest.raises(UserError, match="no --weights DIR and no FLUX_WEIGHTS.*FLUX.1-schnell flux1-schnell.safetensors"):
+    assert str(error.value) == (f"the FLUX.1 autoencoder is missing (not in {tmp_path}), expected huggingface.co/"
+                                "black-forest-labs/FLUX.1-dev ae.safetensors; put it there, or name it with --ae")
+    with pytest.raises(UserError, match="no --weights DIR and no FLUX_WEIGHTS.*FLUX.1-schnell flux1-schnell.safeten"):
         weights.require(weights.find(SCHNELL, env={}), "flux")
 
 
@@ -799,21 +822,19 @@ def test_the_demo_lies_in_the_package(tmp_path, monkeypatch):
 # The command
 
 
-def command(*words, env=None):
-    return subprocess.run([sys.executable, "-m", "flux.weights", *map(str, words)], cwd=ROOT, text=True, capture_output=True,
-                          env={key: value for key, value in os.environ.items() if not key.startswith("FLUX_")} | (env or {}))
-
-
-def test_the_command_lists_and_converts(tmp_path):
+def test_the_command_lists_and_converts(tmp_path, monkeypatch, capsys):
     touch(tmp_path, "ae.safetensors")
-    done = command("--model", "dev", "--weights", tmp_path)
-    assert done.returncode == 0 and f"bfl      {tmp_path}/ae.safetensors" in done.stdout
-    assert "huggingface.co/black-forest-labs/FLUX.1-dev flux1-dev.safetensors" in done.stdout
-    done = command("--model", "dev", env={"FLUX_AE": "nowhere"})
-    assert done.returncode == 2 and done.stderr == ("error: FLUX_AE nowhere is not there, expected a weights file; check the "
-                                                    "name\n")
-    done = command("convert", tmp_path / "ae.safetensors", tmp_path / "x", "--to", "bfl")
-    assert done.returncode == 2 and "is an unknown model" in done.stderr and not (tmp_path / "x").exists()
+    weights.main(["--model", "dev", "--weights", str(tmp_path)])
+    text = capsys.readouterr().out
+    assert f"bfl      {tmp_path}/ae.safetensors" in text
+    assert "huggingface.co/black-forest-labs/FLUX.1-dev flux1-dev.safetensors" in text
+    with pytest.raises(CheckpointError, match="is an unknown model"):
+        weights.main(["convert", str(tmp_path / "ae.safetensors"), str(tmp_path / "x"), "--to", "bfl"])
+    assert not (tmp_path / "x").exists()
+    done = subprocess.run([sys.executable, "-m", "flux.weights", "--model", "dev"], cwd=ROOT, text=True, capture_output=True,
+                          env=os.environ | {"FLUX_AE": "nowhere"})
+    assert done.returncode == 2
+    assert done.stderr == "error: FLUX_AE nowhere is not there, expected a weights file; check the name\n"
 
 
 @pytest.mark.parametrize(("part", "module", "config"), [("flux", Flux, SMALL), ("ae", AutoEncoder, AE)])
@@ -826,8 +847,8 @@ def test_converting_files(part, module, config, tmp_path):
     assert (tmp_path / "back").read_bytes() == (tmp_path / "bfl").read_bytes()
     with pytest.raises(UserError, match="there already"):
         weights.convert(tmp_path / "bfl", tmp_path / "back", "bfl")
-    name = next(name for name in tensors if name.endswith("bias"))
-    save(tmp_path / "holes", {key: tensor for key, tensor in tensors.items() if key != name})
     if part == "flux":
-        with pytest.raises(CheckpointError, match="does not come back as it was"):
+        save(tmp_path / "holes", {name: tensor for name, tensor in tensors.items() if name != "img_in.bias"})
+        with pytest.raises(CheckpointError, match="no transformer_blocks.0.attn.to_q.weight can be made"):
             weights.convert(tmp_path / "holes", tmp_path / "no", "diffusers")
+        assert not (tmp_path / "no").exists()

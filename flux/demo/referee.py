@@ -183,10 +183,10 @@ def look(pixels: np.ndarray, things: int, shapes: tuple[str, ...] = SHAPES) -> S
             found = halves
     if view.gradient:
         finish = "gradient background"
-    elif view.shadow:
-        finish = "soft shadow"
+    elif any(thing.glossy for thing in found):
+        finish = "glossy"
     else:
-        finish = "glossy" if any(thing.glossy for thing in found) else "flat"
+        finish = "soft shadow" if view.shadow else "flat"
     return Seen(view.background, view.light, finish, tuple(found))
 
 
@@ -208,11 +208,11 @@ def _plain_ground(name: str, gradient: bool, height: int) -> np.ndarray:
 
 
 def shine_on(image: np.ndarray, light: str) -> np.ndarray:
-    return {"normal": image, "dim": image * 0.55, "bright": 1 - (1 - image) * 0.68}[light]
+    return image * 0.55 if light == "dim" else 1 - (1 - image) * GAIN[light]
 
 
 def undo_light(image: np.ndarray, light: str) -> np.ndarray:
-    return {"normal": image, "dim": image / 0.55, "bright": 1 - (1 - image) / 0.68}[light]
+    return image / 0.55 if light == "dim" else 1 - (1 - image) / GAIN[light]
 
 
 def backgrounds(image: np.ndarray) -> list[tuple[str, str, bool, float]]:
@@ -221,7 +221,7 @@ def backgrounds(image: np.ndarray) -> list[tuple[str, str, bool, float]]:
     gaps = np.linalg.norm(image[rows, columns] - colours, axis=-1)  # (60, n)
     misfits, middles = np.minimum(gaps, 0.2).mean(1), np.median(gaps, axis=1)
     best = misfits.min()
-    likely = [i for i in np.argsort(misfits) if middles[i] < BORDER_TOLERANCE and misfits[i] < best + 0.03]
+    likely = [i for i in np.argsort(misfits) if middles[i] < BORDER_TOLERANCE and misfits[i] < best + 0.07]
     return [(*hypotheses[i], float(misfits[i])) for i in likely[:3]]
 
 
@@ -231,13 +231,13 @@ def explain(image: np.ndarray, light: str, background: str, gradient: bool, misf
     scale = (len(image) / 128) ** 2  # pixels for one of the usual picture
     ground = _ground(pixels, background, gradient, light)
     smooth = _mean(pixels)
-    shade = np.clip((smooth * ground).sum(-1) / np.maximum((ground**2).sum(-1), 1e-3), 0.5, 1)
+    shade = np.clip(_dot(smooth, ground) / np.maximum(_dot(ground, ground), 1e-3), 0.5, 1)
     foreground = _norm(smooth - shade[..., None] * ground) > FOREGROUND
     dark = ~foreground & (shade < 0.88) & (_norm(smooth - ground) > 0.07)
     shadow = not gradient and bool(_erode(dark).sum() > 12 * scale)
     if shadow:
         ground = ground * shade[..., None]
-    pieces = _pieces(pixels, ground, foreground, [name for name in COLOURS if name != background], scale)
+    pieces = _pieces(pixels, smooth, ground, foreground, [name for name in COLOURS if name != background], scale)
     misfit += GAIN[light] * sum(min(piece.gap, 0.3) for piece in pieces)
     return View(light, background, gradient, shadow, pixels, ground, pieces, misfit)
 
@@ -262,30 +262,35 @@ def _ground(pixels: np.ndarray, background: str, gradient: bool, light: str) -> 
     return np.broadcast_to(ground, pixels.shape)
 
 
-def _pieces(pixels, ground, foreground, names, scale) -> tuple[Piece, ...]:
+def _pieces(pixels, smooth, ground, foreground, names, scale) -> tuple[Piece, ...]:
     """Pieces larger than a speck: by colour, and then what has no clear colour."""
     label = np.full(foreground.shape, -1)
     if foreground.any():
         label[foreground] = np.argmin([_paint_gap(pixels[foreground], PALETTE[name]) for name in names], axis=0)
-    solid = {i: thick for i in range(len(names)) if (thick := _erode(_erode(label == i))).sum() > 12 * scale}
+    solid, settled = _solid(label, scale), ~foreground
+    for i in sorted(solid, key=lambda i: -solid[i].sum()):  # an edge or a highlight may have the tint of another colour
+        near = _dilate(solid[i], 5) & (label != i) & ~settled
+        rgb, at, base = np.median(pixels[solid[i]], axis=0), smooth[near], ground[near]
+        mixed = base + _cover(at, base, rgb)[:, None] * (rgb - base)
+        lit = _highlight(at, rgb)
+        glossy = rgb + lit[:, None] * (1 - rgb)
+        label[near] = np.where((_norm(at - mixed) < 0.1) | ((_norm(at - glossy) < 0.1) & (lit < 0.72)), i, label[near])
+        settled |= label == i
+    solid = _solid(label, scale)
     pieces, rest = [], foreground
     for i, thick in solid.items():
-        rgb = np.median(pixels[thick], axis=0)
-        cover = _cover(pixels, ground, rgb)
-        clear = np.ones_like(foreground)
-        for j in solid:
-            if j != i:
-                clear &= ~_dilate(_erode(label == j), 2)
-        clear |= label == i
-        mask = (cover > 0.5) & clear & _dilate(foreground)
-        for piece in components(mask):
-            if piece.sum() > SPECK * piece.size:
-                pieces.append(_piece(pixels, ground, piece, clear, names))
-        rest = rest & ~_dilate(mask | (label == i), 2)
-    for piece in components(_erode(rest)):
-        if piece.sum() > SPECK * piece.size:
-            pieces.append(_piece(pixels, ground, piece, np.ones_like(foreground), names))
-    return tuple(pieces)
+        clear = ~_dilate(np.isin(label, [j for j in solid if j != i])) | (label == i)
+        mask = (label == i) & (_cover(pixels, ground, np.median(pixels[thick], axis=0)) > 0.5)
+        pieces += [_piece(pixels, ground, piece, clear, names) for piece in components(mask) if (piece & thick).any()]
+        rest = rest & ~_dilate(label == i, 2)
+    pieces += [_piece(pixels, ground, piece, ~rest | piece, names) for piece in components(_erode(rest))]
+    return tuple(piece for piece in pieces if piece.mask.sum() > SPECK * piece.mask.size)
+
+
+def _solid(label: np.ndarray, scale: float) -> dict[int, np.ndarray]:
+    """Where each label is thicker than an edge, for the labels of which that is some."""
+    common = np.flatnonzero(np.bincount(label.ravel() + 1)[1:] > 12 * scale)
+    return {int(i): thick for i in common if (thick := _erode(label == i)).sum() > 12 * scale}
 
 
 def _piece(pixels, ground, mask, clear, names) -> Piece:
@@ -300,13 +305,13 @@ def _piece(pixels, ground, mask, clear, names) -> Piece:
 def _cover(pixels, ground, rgb) -> np.ndarray:
     """How much of each pixel something of this colour covers, if the rest is ground, [0, 1]."""
     way = rgb - ground
-    return np.clip(((pixels - ground) * way).sum(-1) / np.maximum((way**2).sum(-1), 1e-3), 0, 1)
+    return np.clip(_dot(pixels - ground, way) / np.maximum(_dot(way, way), 1e-3), 0, 1)
 
 
 def _highlight(pixels: np.ndarray, rgb: np.ndarray) -> np.ndarray:
     """How far a glossy object's highlight has moved each pixel from its colour towards white, 0 to 0.8."""
     way = 1 - rgb
-    return np.clip(((pixels - rgb) * way).sum(-1) / max(float((way**2).sum()), 1e-2), 0, 0.8)
+    return np.clip(_dot(pixels - rgb, way) / np.maximum(_dot(way, way), 1e-2), 0, 0.8)
 
 
 def _paint_gap(pixels: np.ndarray, rgb: np.ndarray) -> np.ndarray:
@@ -361,7 +366,8 @@ def recognise(view: View, piece: Piece, shapes: tuple[str, ...]) -> Found:
     clear = piece.clear[window]
     cover = np.clip(piece.cover[window] * 2 - 0.5, 0, 1) * clear  # as sharp as before a slight blur
     shine = _highlight(view.pixels[window], piece.rgb)
-    fits = sorted(((*_fit(shape, cover, clear, shine, at), shape) for shape in shapes), reverse=True)
+    starts = sorted((_begin(shape, cover, clear, at) for shape in shapes), reverse=True)
+    fits = sorted((_fit(*start, cover, clear, shine, at) for start in starts[:4]), reverse=True)
     (iou, x, y, radius, shape), second = fits[0], fits[1]
     known = iou >= MIN_IOU and iou - second[0] >= MIN_MARGIN
     size = min(SIZES, key=lambda name: abs(np.log(radius / height / SIZES[name])))
@@ -378,35 +384,49 @@ def _shine(x, y, radius, rows, columns) -> np.ndarray:
     return np.exp(-(u**2 + 1.4 * v**2) / 0.09)
 
 
-def _fit(shape: str, cover: np.ndarray, clear: np.ndarray, shine: np.ndarray, at) -> tuple[float, float, float, float]:
-    """Fit a template to a cover: (IoU, x, y, radius) in pixels. Gauss-Newton from the cover's area and centroid."""
+def _begin(shape: str, cover: np.ndarray, clear: np.ndarray, at) -> tuple[float, float, float, float, str]:
+    """A template with the cover's area and centroid: (IoU, x, y, radius, shape), lengths in pixels."""
     table, area, cx, cy = _template(shape)
     rows, columns = at
     mass = cover.sum() + 1e-6
     radius = np.sqrt(mass / area)
     x = (cover.sum(0) * (columns + 0.5)).sum() / mass - cx * radius
     y = (cover.sum(1) * (rows + 0.5)).sum() / mass - cy * radius
-    height = len(clear)
+    return _overlap(cover, _draw(table, x, y, radius, *at, 1), clear), x, y, radius, shape
+
+
+def _fit(_, x, y, radius, shape, cover, clear, shine, at) -> tuple[float, float, float, float, str]:
+    """The same after Gauss-Newton on centre and radius; where a highlight is due, nothing is held against the cover."""
+    table = _template(shape)[0]
+    stride = max(int(radius / 8), 1)
+    coarse = tuple(axis[::stride] for axis in at)
+    target, weight = cover[::stride, ::stride], clear[::stride, ::stride]
     for edge in (4, 3, 2, 2):
-        drawn = _draw(table, x, y, radius, rows, columns, edge)
-        slopes = np.stack([
-            (_draw(table, x + 0.5, y, radius, rows, columns, edge) - drawn) * clear * 2,
-            (_draw(table, x, y + 0.5, radius, rows, columns, edge) - drawn) * clear * 2,
-            (_draw(table, x, y, radius + 0.5, rows, columns, edge) - drawn) * clear * 2]).reshape(3, -1)
-        away = ((cover - drawn) * clear).ravel()
-        step = np.linalg.solve(slopes @ slopes.T + 0.5 * np.eye(3), slopes @ away)
-        x, y, radius = (np.array((x, y, radius)) + np.clip(step, -4, 4)).tolist()
+        drawn = _draw(table, x, y, radius, *coarse, edge)
+        moved = (_draw(table, x + 0.5, y, radius, *coarse, edge), _draw(table, x, y + 0.5, radius, *coarse, edge),
+                 _draw(table, x, y, radius + 0.5, *coarse, edge))
+        slopes = np.stack([((each - drawn) * weight * 2).ravel() for each in moved])
+        step = np.linalg.solve(slopes @ slopes.T + 0.5 * np.eye(3), slopes @ ((target - drawn) * weight).ravel())
+        x, y, radius = (float(old + np.clip(by, -4, 4)) for old, by in zip((x, y, radius), step, strict=True))
         radius = max(radius, 2.0)
-    drawn = _draw(table, x, y, radius, rows, columns, 1)
-    clear = clear & ~((shine > 0.12) & (_shine(x, y, radius, rows, columns) > 0.2))
-    iou = np.minimum(cover, drawn)[clear].sum() / (np.maximum(cover, drawn)[clear].sum() + 1e-6)
-    return float(iou), float(x), float(y), float(radius)
+    clear = clear & ~((shine > 0.12) & (_shine(x, y, radius, *at) > 0.2))
+    return _overlap(cover, _draw(table, x, y, radius, *at, 1), clear), x, y, radius, shape
+
+
+def _overlap(a: np.ndarray, b: np.ndarray, clear: np.ndarray) -> float:
+    """Intersection over union of two soft masks."""
+    return float((np.minimum(a, b) * clear).sum() / ((np.maximum(a, b) * clear).sum() + 1e-6))
 
 
 # --- masks ---
 
+def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Over the last axis, which three colours share; einsum is several times quicker there than multiply and sum."""
+    return np.einsum("...c,...c->...", a, b)
+
+
 def _norm(x: np.ndarray) -> np.ndarray:
-    return np.sqrt((x * x).sum(-1))
+    return np.sqrt(_dot(x, x))
 
 
 def _mean(image: np.ndarray) -> np.ndarray:

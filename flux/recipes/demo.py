@@ -5,7 +5,7 @@ wrote to the weights folder; `python train.py demo` runs them all.
 """
 
 import json
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -42,16 +42,17 @@ def to_image(pixels: np.ndarray) -> Tensor:
 class TrainAutoencoder(Training):
     """The autoencoder, on scenes of every style: L1 on pixels and their edges, with latents kept smooth."""
 
-    steps: int = 4500
+    steps: int = 16_000
     lr: float = 2e-3
     batch: int = 8
     warmup: int = 50
     schedule: Literal["constant", "cosine"] = "cosine"
     ema: float = 0.995
-    styled: float = 0.25        # share of scenes in a style
+    styled: float = 0.15        # share of scenes in a style
     kl: float = 3e-4            # weight of the posterior's divergence from N(0, 1), per latent number
-    crops: float = 0.89         # share of the steps that see 64 x 64 pixels: four times cheaper, and as instructive
-    coarse: float = 0.25        # share of batches decoded from halved latents, which must give the halved picture
+    crops: float = 0.95         # share of the steps that see 64 x 64 pixels: four times cheaper, and as instructive
+    noise: float = 0.04         # added to the latents, in their deviations: a sampler never hits them exactly
+    coarse: float = 0.1         # share of batches decoded from halved latents, which must give the halved picture
 
     def task(self):
         return AutoencoderTask(self)
@@ -75,30 +76,32 @@ class AutoencoderTask:
     def trainable(self) -> nn.Module:
         return self.model
 
-    def scenes(self, *key, count: int, held_out: bool = False) -> Tensor:
+    def scenes(self, *key, count: int, held_out: bool = False) -> tuple[Tensor, list[world.Scene]]:
         """Some have new shapes or a style: the base model never sees those, but the autoencoder carries the LoRAs too."""
         rng = draws.rng(self.settings.seed, *key)
-        drawn = []
+        scenes = []
         for _ in range(count):
             shapes = world.SHAPES + world.NEW_SHAPES if rng.random() < 0.3 else world.SHAPES
             style = str(rng.choice(world.STYLES)) if rng.random() < self.settings.styled else ""
-            drawn.append(world.render(world.sample_scene(rng, held_out, shapes=shapes, style=style))[0])
-        return to_image(np.stack(drawn))
+            scenes.append(world.sample_scene(rng, held_out, shapes=shapes, style=style))
+        return to_image(np.stack([world.render(scene)[0] for scene in scenes])), scenes
 
     def batch(self, step: int, micro: int):
-        image = self.scenes("pixels", step, micro, count=self.settings.batch)
+        image, scenes = self.scenes("pixels", step, micro, count=self.settings.batch)
         if step < self.settings.crops * self.settings.steps:
-            y, x = draws.rng(self.settings.seed, "crop", step, micro).integers(0, 65, 2)
-            image = image[:, :, y:y + 64, x:x + 64]
-        image = image.to(memory_format=torch.channels_last)
+            rng = draws.rng(self.settings.seed, "crop", step, micro)
+            image = torch.stack([around(picture, scene.things[rng.integers(len(scene.things))], rng)
+                                 for picture, scene in zip(image, scenes, strict=True)])
         coarse = draws.rng(self.settings.seed, "coarse", step, micro).random() < self.settings.coarse
-        return image, coarse, draws.generator(self.settings.seed, "posterior", step, micro)
+        generator = draws.generator(self.settings.seed, "posterior", step, micro)
+        return image.to(memory_format=torch.channels_last), coarse, generator
 
     def loss(self, batch) -> Tensor:
         image, coarse, generator = batch
         mean, log_variance = self.model.moments(image)
         log_variance = log_variance.clamp(-12, 4)
         z = mean + torch.exp(0.5 * log_variance) * torch.randn(mean.shape, generator=generator)
+        z = z + self.settings.noise * mean.detach().std() * torch.randn(mean.shape, generator=generator)
         if coarse:
             z, image = F.avg_pool2d(z, 2), F.avg_pool2d(image, 2)
         out = self.model.decoder(z)
@@ -108,7 +111,7 @@ class AutoencoderTask:
         return difference.abs().mean() + edges + self.settings.kl * divergence
 
     def preview(self) -> Image.Image:
-        image = self.scenes("preview", count=16)
+        image, _ = self.scenes("preview", count=16)
         mean, _ = self.model.moments(image)
         out = self.model.decoder(mean)
         error = (out.clamp(-1, 1) - image).square().mean().item()
@@ -121,7 +124,7 @@ class AutoencoderTask:
 
         One factor for all channels: the quiet ones stay quiet, and the flow need not learn their noise.
         """
-        means = [self.model.moments(self.scenes("size", i, count=32))[0] for i in range(16)]
+        means = [self.model.moments(self.scenes("size", i, count=32)[0])[0] for i in range(16)]
         size = torch.cat(means).square().mean().sqrt()
         z = DEMO.autoencoder.z_channels
         out = self.model.encoder.conv_out
@@ -131,6 +134,14 @@ class AutoencoderTask:
         self.model.decoder.conv_in.weight *= size
         checkpoint.save(WEIGHTS / "ae.safetensors", self.model.state_dict(),
                         {"config": str(self.settings), "latents": f"divided by {size.item():.4f}, folded in"})
+
+
+def around(picture: Tensor, thing: world.Thing, rng: np.random.Generator, edge: int = 64) -> Tensor:
+    """A crop (3, edge, edge) with an object near its middle: edges and corners are what there is to learn."""
+    height, width = picture.shape[1:]
+    y, x = (int(np.clip(at * size - edge / 2 + rng.integers(-edge // 4, edge // 4 + 1), 0, size - edge))
+            for at, size in ((thing.y, height), (thing.x, width)))
+    return picture[:, y:y + edge, x:x + edge]
 
 
 # --- text/vision pair ---
@@ -383,6 +394,7 @@ class Evaluate:
     guidance: float = DEMO.guidance  # distilled guidance
     steps: int = DEMO.steps     # Euler steps
     seed: int = 1               # of captions and noise
+    out: Path = Path("out")     # folder for the contact sheet
 
     def run(self) -> None:
         rows = [("", "right", "shape", "colours", "place")]
@@ -394,16 +406,17 @@ class Evaluate:
             marks = [caption.text if verdict.right else f"[wrong] {caption.text}"
                      for caption, verdict in zip(captions, verdicts, strict=True)]
             shown += list(zip(pils, marks, strict=True))[:24]
-        image = AutoencoderTask(TrainAutoencoder(styled=0.0)).scenes("evaluate", count=100, held_out=True)
+        image, _ = AutoencoderTask(TrainAutoencoder(styled=0.0)).scenes("evaluate", count=100, held_out=True)
         rows.append(("autoencoder round trip, 100 scenes", f"{self.psnr(image):.1f} dB", "", "", ""))
         text = "\n".join(f"| {' | '.join(str(cell) for cell in row)} |" for row in [rows[0], ("---",) * 5, *rows[1:]])
         print(text)
         files = {file.name: checkpoint.fingerprint(file) for file in sorted(WEIGHTS.glob("*.safetensors"))}
-        table = {"command": "python train.py demo evaluate", "settings": asdict(self), "rows": rows, "weights": files}
+        table = {"command": "python train.py demo evaluate", "settings": cli.as_dict(self), "rows": rows, "weights": files}
         (WEIGHTS / "table.json").write_text(json.dumps(table, indent=1) + "\n")
         sheet = pictures.contact_sheet([pil for pil, _ in shown], 8, [mark for _, mark in shown])
-        pictures.write_png(Path("out") / "evaluate.png", sheet, None)
-        print("table in", WEIGHTS / "table.json", "and the first pictures in out/evaluate.png")
+        self.out.mkdir(parents=True, exist_ok=True)
+        pictures.write_png(self.out / "evaluate.png", sheet, None)
+        print(f"the table is in {WEIGHTS / 'table.json'}, the first pictures are in {self.out / 'evaluate.png'}")
 
     def pictures(self, things: int) -> tuple[list[world.Caption], list[Image.Image]]:
         """Drawn by the command that a user types, from the shipped files."""
@@ -430,7 +443,7 @@ def summary(verdicts: list[referee.Verdict]) -> tuple[str, ...]:
         return f"{100 * sum(marks) / max(len(marks), 1):.0f} %"
 
     def kind(*names):
-        return share([mark for verdict in verdicts for name, mark in verdict.marks.items() if name.split()[0] in names])
+        return share([mark for verdict in verdicts for name, mark in verdict.held.items() if name.split()[0] in names])
     right = share([verdict.right for verdict in verdicts])
     return right, kind("shape"), kind("colour", "background"), kind("place", "relation")
 

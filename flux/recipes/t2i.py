@@ -1,6 +1,7 @@
 """Text to image: a prompt becomes a picture.
 
 The whole road of the project in one file: text encoders -> noise -> Euler steps along the velocity -> autoencoder.
+Training takes the same road with `flow.loss` in place of Euler.
 """
 
 from collections.abc import Iterator
@@ -10,13 +11,14 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from flux import checkpoint, conditioning, device, flow, latents, pictures, weights
+from flux import checkpoint, conditioning, data, device, draws, flow, latents, pictures, weights
 from flux.config import preset
 from flux.demo import scene
 from flux.errors import UserError
-from flux.settings import Sampling
+from flux.settings import Sampling, Training
 
 
 @dataclass(frozen=True)
@@ -40,8 +42,8 @@ class TextToImage(Sampling):
         found = weights.find(model, self.weights, {"flux": self.flux, "ae": self.ae, "clip": self.clip, "t5": self.t5})
         weights.require(found, "flux", "ae", "clip", "t5", "tokenizer", "tokenizer_2")
 
-        files = {part: f"{place.path.name} {checkpoint.fingerprint(place.path)}" for part, place in found.items()
-                 if place.path and place.path.is_file()}
+        files = {part: f"{lies.path.name} {checkpoint.fingerprint(lies.path)}" for part, lies in found.items()
+                 if lies.path and lies.path.is_file() and part != "siglip"}
 
         with torch.inference_mode():
             encoders = conditioning.TextEncoders(found, model, dtype, place)
@@ -86,4 +88,77 @@ def demo_prompts(count: int = 16, seed: int = 7) -> list[str]:
     return [scene.sample_caption(scene.sample_scene(rng, held_out=True), rng).text for _ in range(count)]
 
 
+# --- training ---
+
+@dataclass(frozen=True)
+class FineTune(Training):
+    """The whole transformer, on a folder of captioned pictures; text encoders and autoencoder stay as they are."""
+
+    model: str = "demo"  # a preset of flux/config.py: demo, dev, krea, schnell
+    weights: Path | None = None  # folder with the weights; without it FLUX_WEIGHTS, and for demo the shipped ones
+    edge: int | None = None  # pixels: pictures go into buckets of about edge x edge; default: the model's own size
+    guidance: float = 1.0  # distilled guidance the transformer is told; 1 is the plain conditional velocity
+    drop: float = 0.1  # share of captions left empty
+    lr: float = 1e-5  # learning rate of AdamW after warmup
+
+    def task(self):
+        return FineTuneTask(self)
+
+
+class FineTuneTask:
+    """Flow matching with the time distribution that sampling at this size uses (arXiv 2403.03206, section 5.3.2)."""
+
+    def __init__(self, settings: FineTune):
+        if not settings.data:
+            raise UserError("--data is missing, expected a folder of pictures with captions; add --data FOLDER")
+        self.settings, self.preset = settings, preset(settings.model)
+        self.place, _ = device.choose(settings.device)
+        self.items = data.load(settings.data, settings.edge or self.preset.width)
+        found = weights.find(self.preset, settings.weights)
+        weights.require(found, "flux", "ae", "clip", "t5", "tokenizer", "tokenizer_2")
+        frozen = torch.float32 if self.place.type == "cpu" else torch.bfloat16
+        self.encoders = conditioning.TextEncoders(found, self.preset, frozen, self.place)
+        self.autoencoder = weights.load_autoencoder(found, self.preset.autoencoder, torch.float32, self.place)
+        self.model = weights.load_flux(found, self.preset.flux, torch.float32, self.place).requires_grad_(True)
+
+    def trainable(self) -> nn.Module:
+        return self.model
+
+    def batch(self, step: int, micro: int):
+        index = step * self.settings.accumulate + micro
+        items = next(data.batches(self.items, self.settings.batch, self.settings.seed, index))
+        rng = draws.rng(self.settings.seed, "caption", step, micro)
+        captions = [item.caption if rng.random() >= self.settings.drop else "" for item in items]
+        generator = draws.generator(self.settings.seed, "noise", step, micro)
+        image = data.images(items)
+        with torch.no_grad():
+            x0 = latents.pack(self.autoencoder.encode(image.to(self.place)))
+        eps = torch.randn(x0.shape, generator=generator).to(self.place)
+        t = flow.draw_t(len(x0), generator, mean=flow.mu(x0.shape[1])).to(self.place)
+        txt, vec = (feature.clone().float() for feature in self.encoders(captions))
+        return x0, eps, t, conditioning.condition(txt, vec, image.shape[3], image.shape[2], self.settings.guidance)
+
+    def loss(self, batch) -> Tensor:
+        x0, eps, t, cond = batch
+        return flow.loss(conditioning.velocity(self.model, cond), x0, eps, t).mean()
+
+    def preview(self) -> Image.Image:
+        """The first four captions, from fixed seeds."""
+        captions = [item.caption for item in self.items[:4]]
+        width, height = self.preset.width, self.preset.height
+        txt, vec = (feature.float() for feature in self.encoders(captions))
+        noise = [latents.noise(1, height, width, draws.generator("preview", i)) for i in range(len(captions))]
+        img = latents.pack(torch.cat(noise).to(self.place))
+        cond = conditioning.condition(txt, vec, width, height, self.preset.guidance)
+        times = flow.schedule(self.preset.steps, img.shape[1], self.preset.shift)
+        img = flow.euler(conditioning.velocity(self.model, cond), img, times)
+        pils = pictures.to_pil(self.autoencoder.decode(latents.unpack(img, height, width)))
+        return pictures.contact_sheet(pils, 2, captions)
+
+    def save(self, folder: Path) -> None:
+        checkpoint.save(folder / "final.safetensors", self.model.state_dict(), {"config": str(self.settings)})
+        print(f"draw with it: python sample.py --model {self.settings.model} --flux {folder / 'final.safetensors'} ...")
+
+
 SAMPLE = TextToImage
+TRAIN = {"": FineTune}

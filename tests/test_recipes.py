@@ -1,0 +1,134 @@
+"""Every training stage runs: batches follow from the step alone, the loss is finite and falls, what is saved can be loaded."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import train
+from flux import checkpoint, cli, pictures, weights
+from flux.config import DEMO
+from flux.demo import scene
+from flux.errors import UserError
+from flux.recipes import demo, t2i
+
+SMALL = {"steps": 2, "batch": 2, "warmup": 1, "save_every": 1, "sample_every": 0, "log_every": 1}
+
+
+@pytest.fixture
+def shipped(tmp_path, monkeypatch):
+    """A copy of the demo's weights that stages may overwrite."""
+    folder = tmp_path / "weights"
+    shutil.copytree(weights.DEMO, folder)
+    monkeypatch.setattr(demo, "WEIGHTS", folder)
+    monkeypatch.setattr(weights, "DEMO", folder)
+    monkeypatch.setattr(demo, "train_tokenizers", lambda: None)  # seconds
+    return folder
+
+
+def equal(a, b) -> bool:
+    if isinstance(a, torch.Tensor):
+        return torch.equal(a, b)
+    if isinstance(a, torch.Generator):
+        return torch.equal(a.get_state(), b.get_state())
+    return all(map(equal, a, b)) if isinstance(a, tuple) else a == b
+
+
+@pytest.mark.parametrize(("stage", "file"), [("autoencoder", "ae"), ("pair", "clip"), ("pair", "siglip"), ("flow", "flux"),
+                                             ("flow", "t5"), ("guidance", "flux")])
+def test_a_stage_of_the_demo_trains_and_ships(stage, file, shipped, tmp_path):
+    extra = {"scenes": 8} if stage in ("flow", "guidance") else {}
+    settings = demo.TRAIN[stage](out=tmp_path / "runs", **SMALL, **extra)
+    before = dict(checkpoint.read(shipped / f"{file}.safetensors"))
+    task = settings.task()
+    assert equal(task.batch(1, 0), settings.task().batch(1, 0)) and not equal(task.batch(1, 0), task.batch(2, 0))
+    train.train(task, settings, tmp_path / "runs" / stage)
+    after = dict(checkpoint.read(shipped / f"{file}.safetensors"))
+    assert before.keys() == after.keys()
+    assert all(torch.isfinite(tensor.float()).all() for tensor in after.values())
+    assert any(not torch.equal(before[name], after[name]) for name in after)
+
+
+def test_the_flow_learns_one_batch(shipped, tmp_path):
+    settings = demo.TrainFlow(out=tmp_path, scenes=4, **SMALL)
+    task = settings.task()
+    batch = task.batch(0, 0)
+    optimiser = torch.optim.AdamW(task.trainable().parameters(), lr=2e-3)
+    losses = []
+    for _ in range(30):
+        loss = task.loss(batch)
+        loss.backward()
+        optimiser.step()
+        optimiser.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < 0.5 * losses[0]
+
+
+def test_guidance_learns_from_a_frozen_teacher(shipped, tmp_path):
+    task = demo.TrainGuidance(out=tmp_path, scenes=4, **SMALL).task()
+    trained = {name.split(".")[0] for name, p in task.trainable().named_parameters() if p.requires_grad}
+    assert trained == {"flux"} and not any(p.requires_grad for p in task.teacher.parameters())
+    x0, eps, t, captions, guidance = task.batch(0, 0)
+    assert 1 <= guidance.min() and guidance.max() <= task.strongest
+    plain = task.loss((x0, eps, t, captions, torch.ones_like(guidance))).item()
+    assert plain < 1e-8  # guidance 1 is what the student begins with
+
+
+def test_the_latents_are_made_again_for_another_autoencoder(shipped, tmp_path):
+    settings = demo.TrainFlow(out=tmp_path, scenes=4, **SMALL)
+    first = settings.task().tokens
+    path = shipped / "ae.safetensors"
+    state = {name: tensor.clone() for name, tensor in checkpoint.read(path).items()}
+    assert torch.equal(settings.task().tokens, first)
+    state["encoder.conv_out.weight"] *= 2
+    checkpoint.save(path, state)
+    assert not torch.equal(settings.task().tokens, first)
+
+
+def test_training_never_sees_what_is_held_out(shipped, tmp_path):
+    task = demo.TrainFlow(out=tmp_path, scenes=200, **SMALL)
+    scenes = [scene.sample_scene(np.random.default_rng(i)) for i in range(task.scenes)]
+    assert not any(one.held_out for one in scenes)
+
+
+@pytest.fixture
+def photographs(tmp_path):
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for i in range(5):
+        one = scene.sample_scene(rng)
+        Image.fromarray(scene.render(one, 128)[0]).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(scene.sample_caption(one, rng).text)
+    return folder
+
+
+def test_the_transformer_is_tuned_on_a_folder(photographs, tmp_path, capsys):
+    settings = t2i.FineTune(data=photographs, out=tmp_path / "runs", lr=1e-3, **SMALL | {"sample_every": 2})
+    train.main(["t2i", "--data", str(photographs), "--out", str(tmp_path / "runs"), "--steps", "2", "--batch", "2",
+                "--lr", "1e-3", "--sample-every", "2"])
+    run = tmp_path / "runs" / "t2i"
+    assert {"config.toml", "metrics.jsonl", "loss.png", "samples", "checkpoints", "final.safetensors"} <= {
+        file.name for file in run.iterdir()}
+    assert Image.open(run / "samples" / "step_000002.png").size[0] > 2 * DEMO.width
+    tuned = weights.load_flux(weights.find(DEMO, overrides={"flux": run / "final.safetensors"}), DEMO.flux)
+    shipped = weights.load_flux(weights.find(DEMO), DEMO.flux, torch.float32)
+    assert not torch.equal(tuned.img_in.weight, shipped.img_in.weight)
+    command = cli.describe(cli.recipes()["t2i"]).train[""]
+    assert cli.parse(["--config", str(run / "config.toml")], command)["lr"] == settings.lr
+
+
+def test_tuning_without_pictures_is_a_mistake(tmp_path):
+    with pytest.raises(UserError, match="--data is missing"):
+        t2i.FineTune().task()
+    with pytest.raises(UserError, match="no data at"):
+        t2i.FineTune(data=tmp_path / "nowhere").task()
+
+
+def test_evaluation_writes_its_table(shipped, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    demo.Evaluate(count=3, steps=2).run()
+    assert "| one object, 3 captions |" in capsys.readouterr().out
+    assert (shipped / "table.json").exists() and pictures.read(tmp_path / "out" / "evaluate.png")
