@@ -14,7 +14,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import metadata, util
 from pathlib import Path
 from statistics import median
@@ -33,6 +33,7 @@ from flux.errors import UserError
 from flux.model import Flux
 from flux.t5 import T5Encoder
 
+LIBRARIES = ("diffusers", "transformers")
 M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
 Work = Callable[[], Tensor]  # does it once; its output is what is compared
 
@@ -46,7 +47,7 @@ class Bench:
     against: tuple[Literal["diffusers", "transformers", "formulation"], ...] = (
         # contenders; formulation is our network computed in the original release's steps (default: what is installed)
     )
-    dtype: tuple[Literal["fp32", "bf16"], ...] = ("fp32",)  # of weights and inputs
+    dtype: tuple[Literal["fp32", "bf16"], ...] = ("fp32",)  # of weights and inputs (default fp32)
     device: str = "auto"  # cpu, cuda or cuda:1; auto takes a GPU if there is one
     repeats: int = 5  # rounds that count
     memory: bool = True  # measure peak memory, too
@@ -56,9 +57,9 @@ class Bench:
     image_tokens: int = 1024  # 1024 are a picture of 512 x 512 pixels
     text_tokens: int = 128  # of the transformer and T5
     clip_width: int = 768  # a multiple of 64
-    clip_layers: int = 12
+    clip_layers: int = 12  # its 77 tokens are given
     t5_width: int = 1024  # a multiple of 64
-    t5_layers: int = 4
+    t5_layers: int = 4  # the released one has 24, four times as wide
     ae_width: int = 64  # channels of the autoencoder's outer level, a multiple of 32
     latent: int = 32  # edge of the square of latents to decode, in cells of 8 pixels
 
@@ -82,7 +83,7 @@ class Row:
     against: str | None = None
     theirs: float | None = None
     their_peak: int | None = None
-    error: float | None = None  # max|ours - theirs| / max|theirs|
+    error: float | None = None
     ratios: tuple[float, ...] = ()
 
     @property
@@ -274,7 +275,8 @@ def _double(block: nn.Module, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor)
 
 def _single(block: nn.Module, x: Tensor, vec: Tensor, pe: Tensor) -> Tensor:
     shift, scale, gate = block.modulation(vec)
-    qkv, mlp = torch.split(block.linear1(_modulate(x, shift, scale)), block.widths, dim=-1)
+    both = block.linear1(_modulate(x, shift, scale))
+    qkv, mlp = torch.split(both, (3 * x.shape[2], both.shape[2] - 3 * x.shape[2]), dim=2)
     attn = _attention(*_qkv(qkv, block.norm, block.num_heads), pe)
     return x + gate * block.linear2(torch.cat((attn, F.gelu(mlp, approximate="tanh")), dim=2))
 
@@ -292,20 +294,23 @@ def rows(bench: Bench, part: str, dtype: str) -> list[Row]:
     place, kind = device.choose(bench.device, dtype)
     make, possible = WORK[part]
     others = [who for who in possible if who in bench.against or (not bench.against and installed(who))]
-    peaks = {who: peak_in_fresh_process(bench, part, who, place, kind) if bench.memory else None
-             for who in ("minflux", *others)}
-    works = {who: make(bench, who, place, kind) for who in ("minflux", *others)}
+    everyone = ("minflux", *others)
+    peaks = {who: peak_in_fresh_process(bench, part, who, place, kind) if bench.memory else None for who in everyone}
+    works = {who: make(bench, who, place, kind) for who in everyone}
     outputs = {who: work().double() for who, work in works.items()}
-    seconds = {who: [] for who in works}
+    seconds = {who: [] for who in everyone}
     for _ in range(bench.repeats):
         for who, work in works.items():
             seconds[who].append(timed(work, place))
-    ours, own = seconds["minflux"], outputs["minflux"]
-    ours_alone = Row(part, dtype, median(ours), peaks["minflux"])
-    return [Row(part, dtype, median(ours), peaks["minflux"], who, median(seconds[who]), peaks[who],
-                ((own - outputs[who]).abs().max() / outputs[who].abs().max()).item(),
-                tuple(a / b for a, b in zip(ours, seconds[who], strict=True)))
-            for who in others] or [ours_alone]
+    ours = Row(part, dtype, median(seconds["minflux"]), peaks["minflux"])
+    return [replace(ours, against=who, theirs=median(seconds[who]), their_peak=peaks[who],
+                    error=relative_error(outputs["minflux"], outputs[who]),
+                    ratios=tuple(a / b for a, b in zip(seconds["minflux"], seconds[who], strict=True)))
+            for who in others] or [ours]
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
 def timed(work: Work, place: torch.device) -> float:
@@ -355,7 +360,7 @@ def _status(name: str) -> int:
 
 
 def installed(who: str) -> bool:
-    return who in ("diffusers", "transformers") and util.find_spec(who) is not None
+    return who in LIBRARIES and util.find_spec(who) is not None
 
 
 # The command.
@@ -369,28 +374,32 @@ def main(argv: list[str]) -> None:
         print(cli.help_text("python sample.py bench [flags]", command))
         return
     bench = Bench(**cli.parse(argv, command))
-    absent = [who for who in ("diffusers", "transformers") if not installed(who)]
+    absent = [who for who in LIBRARIES if not installed(who)]
     if lacking := [who for who in absent if who in bench.against]:
         raise UserError(f"--against {lacking[0]} is not installed, expected a library that is; pip install {lacking[0]}")
     place, _ = device.choose(bench.device)
     print(heading(bench, place), flush=True)
     if absent and not bench.against:
         print(f"not installed, so not compared: {', '.join(absent)}", flush=True)
-    print(COLUMNS.format("part", "dtype", "against", "error", "ours ms", "theirs ms", "ratio (from-to)", "ours MB", "theirs MB"))
+    print(COLUMNS.format("part", "dtype", "against", "error", "ours ms", "theirs ms", "ratio", "ours MB", "theirs MB"))
     for row in measure(bench):
         print(line(row), flush=True)
 
 
 def heading(bench: Bench, place: torch.device) -> str:
-    versions = [f"{name} {metadata.version(name)}" for name in ("torch", "diffusers", "transformers") if util.find_spec(name)]
-    return "\n".join((
-        f"machine  {processor(place)}; {', '.join(versions)}",
-        f"sizes    transformer {bench.hidden} wide, {bench.depth} double and {bench.single} single blocks, "
-        f"{bench.image_tokens} + {bench.text_tokens} tokens; CLIP {bench.clip_width} x {bench.clip_layers} layers, 77 tokens; "
-        f"T5 {bench.t5_width} x {bench.t5_layers}, {bench.text_tokens} tokens; "
-        f"autoencoder {bench.ae_width} wide, {8 * bench.latent} x {8 * bench.latent} pixels",
-        f"columns  error max|ours - theirs| / max|theirs|; medians of {bench.repeats} interleaved rounds after a warm-up; "
-        "ratio of times ours / theirs: median of the rounds (least-greatest); MB: peak of one call beyond the weights\n"))
+    versions = [f"{name} {metadata.version(name)}" for name in ("torch", *filter(installed, LIBRARIES))]
+    step = (f"transformer {bench.hidden} wide, {bench.depth} double and {bench.single} single blocks, "
+            f"{bench.image_tokens} + {bench.text_tokens} tokens")
+    texts = (f"CLIP {bench.clip_width} x {bench.clip_layers} layers, 77 tokens; "
+             f"T5 {bench.t5_width} x {bench.t5_layers} layers, {bench.text_tokens} tokens")
+    edge = 8 * bench.latent
+    return f"""machine  {processor(place)}; {', '.join(versions)}
+sizes    {step}
+         {texts}; autoencoder {bench.ae_width} wide, {edge} x {edge} pixels
+error    max|ours - theirs| / max|theirs|, before the clock starts; backward is forward and backward, its gradient for img
+ms       medians of {bench.repeats} rounds in turn; ratio of the times ours / theirs: median of the rounds (least-greatest)
+MB       peak of one call in a fresh process, beyond weights and inputs
+"""
 
 
 def processor(place: torch.device) -> str:
@@ -402,13 +411,12 @@ def processor(place: torch.device) -> str:
 
 
 def line(row: Row) -> str:
-    def shown(value, form: str, unit: float = 1) -> str:
-        return "-" if value is None else form.format(value / unit)
+    def shown(value, unit: float, form: str = ".1f") -> str:
+        return "-" if value is None else format(value / unit, form)
 
     spread = f"{row.ratio:.2f} ({min(row.ratios):.2f}-{max(row.ratios):.2f})" if row.ratios else "-"
-    return COLUMNS.format(row.part, row.dtype, row.against or "-", shown(row.error, "{:.1e}"), shown(row.ours, "{:.1f}", 1e-3),
-                          shown(row.theirs, "{:.1f}", 1e-3), spread, shown(row.our_peak, "{:.1f}", 1e6),
-                          shown(row.their_peak, "{:.1f}", 1e6))
+    return COLUMNS.format(row.part, row.dtype, row.against or "-", shown(row.error, 1, ".1e"), shown(row.ours, 1e-3),
+                          shown(row.theirs, 1e-3), spread, shown(row.our_peak, 1e6), shown(row.their_peak, 1e6))
 
 
 SAMPLE = Bench

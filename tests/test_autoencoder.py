@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from golden import load
 from torch import nn
 
 from flux import autoencoder
 from flux.autoencoder import AutoEncoder
 from flux.config import AutoEncoderConfig
+from golden import load
 
 MANIFESTS = Path(__file__).parent / "manifests"
 GOLDENS = ("ae_1244", "ae_encoder", "ae_decoder")  # ae_diffusers needs the renaming of weights.py: test_weights.py

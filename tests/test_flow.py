@@ -4,11 +4,11 @@ import math
 
 import pytest
 import torch
-from golden import load
 
 from flux import conditioning, flow, latents
 from flux.config import FluxConfig
 from flux.model import Flux
+from golden import load
 
 TEXT = ("denoise_dev", "denoise_schnell")
 DENOISE = (*TEXT, "denoise_fill", "denoise_kontext")

@@ -3,10 +3,10 @@
 import pytest
 import torch
 from einops import EinopsError
-from golden import load
 
 from flux import latents
 from flux.errors import UserError
+from golden import load
 
 
 def test_equals_the_reference():

@@ -9,13 +9,13 @@ import pytest
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from golden import load
 from torch import nn
 
 from flux import attention, latents, layers, model
 from flux.config import TINY, FluxConfig
 from flux.layers import LastLayer, MLPEmbedder, Modulation, QKNorm, time_embedding
 from flux.model import Flux
+from golden import load
 
 MANIFESTS = Path(__file__).parent / "manifests"
 MODELS = ("flux_dev", "flux_schnell", "flux_fill", "flux_dev_diffusers")

@@ -150,7 +150,7 @@ def around(picture: Tensor, thing: world.Thing, rng: np.random.Generator, edge: 
 class TrainPair(Training):
     """CLIP's text tower and a SigLIP vision tower, trained to tell which caption belongs to which picture."""
 
-    steps: int = 1200
+    steps: int = 600
     lr: float = 1e-3
     batch: int = 64
     schedule: Literal["constant", "cosine"] = "cosine"
@@ -229,14 +229,15 @@ def half(state: dict[str, Tensor]) -> dict[str, Tensor]:
 class TrainFlow(Training):
     """The transformer and its T5 encoder together, on latents of scenes that get a fresh caption at every visit."""
 
-    steps: int = 12_000
+    steps: int = 20_000
     lr: float = 1e-3
-    batch: int = 32
+    batch: int = 24
     warmup: int = 300
     schedule: Literal["constant", "cosine"] = "cosine"
     ema: float = 0.999
     scenes: int = 24_000        # pictures whose latents are made once; their captions vary at every visit
     drop: float = 0.1           # share of captions left empty: what guidance compares with
+    warm: bool = False          # begin with the shipped transformer and T5 instead of from nothing
 
     def task(self):
         return FlowTask(self)
@@ -253,6 +254,9 @@ class FlowTask:
         torch.manual_seed(draws.seed_of(settings.seed, "flow"))
         self.model = nn.ModuleDict({"flux": Flux(DEMO.flux), "t5": T5Encoder(DEMO.t5)})
         begin_as_identity(self.model["flux"])
+        if settings.warm:
+            self.model["flux"].load_state_dict(weights.load_flux(found, DEMO.flux, torch.float32).state_dict())
+            self.model["t5"].load_state_dict(weights.load_t5(found, DEMO.t5, torch.float32).state_dict())
         self.scenes = [world.sample_scene(draws.rng(settings.seed, "scene", i)) for i in range(settings.scenes)]
         self.tokens = self.packed_latents(settings.out / "demo-flow" / "latents.safetensors")
         self.mu = flow.mu(self.tokens.shape[1])
@@ -356,12 +360,9 @@ class GuidanceTask(FlowTask):
 
     def __init__(self, settings: TrainGuidance):
         super().__init__(TrainFlow(seed=settings.seed, scenes=settings.scenes, batch=settings.batch, drop=0.0,
-                                   out=settings.out))
+                                   out=settings.out, warm=True))
         self.strongest, self.about = settings.strongest, str(settings)
-        found = weights.find(DEMO)
-        self.teacher = weights.load_flux(found, DEMO.flux, torch.float32)
-        self.model["flux"].load_state_dict(self.teacher.state_dict())
-        self.model["t5"].load_state_dict(weights.load_t5(found, DEMO.t5, torch.float32).state_dict())
+        self.teacher = weights.load_flux(weights.find(DEMO), DEMO.flux, torch.float32)
         self.model["t5"].requires_grad_(False)
 
     def batch(self, step: int, micro: int):
