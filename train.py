@@ -14,6 +14,7 @@ A stage without a loop, such as an evaluation, has `run()` instead of `task()`.
 
 import json
 import math
+import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext
@@ -70,6 +71,19 @@ class Ema:
                     p.copy_(kept[name])
 
 
+@contextmanager
+def signals_kept():
+    """SIGINT and SIGTERM wait in a list: between the weights' update and the average's there is no state worth saving."""
+    kept = []
+    before = {number: signal.signal(number, lambda number, frame: kept.append(number))
+              for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield kept
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
 def train(task, settings, run: Path) -> None:
     """Run a task to its last step in the folder `run`, from its newest checkpoint if there is one."""
     if settings.threads:
@@ -91,46 +105,49 @@ def train(task, settings, run: Path) -> None:
     model.train()
     if step == 0:
         print(f"{run}: {sum(p.numel() for p in parameters.values()):,} parameters to train", flush=True)
-    try:
-        while step < settings.steps:
-            started = time.perf_counter()
-            for group in optimiser.param_groups:
-                group["lr"] = learning_rate(step, settings)
-            total = 0.0
-            for micro in range(settings.accumulate):
-                with autocast:
-                    loss = task.loss(task.batch(step, micro)) / settings.accumulate
-                loss.backward()
-                total += loss.item()
-            norm = nn.utils.clip_grad_norm_(parameters.values(), settings.clip or math.inf).item()
-            if not math.isfinite(total) or not math.isfinite(norm):
-                raise UserError(f"step {step}: loss {total}, gradient norm {norm}; expected finite numbers; lower --lr "
-                                f"(now {settings.lr}) and start again from the last checkpoint in {run}")
-            optimiser.step()
-            optimiser.zero_grad(set_to_none=True)
-            ema.update(step)
-            step += 1
-            losses.append(total)
-            row = {"step": step, "loss": round(total, 6), "lr": optimiser.param_groups[0]["lr"],
-                   "grad_norm": round(norm, 4), "seconds": round(time.perf_counter() - started, 4)}
-            with metrics.open("a") as file:
-                file.write(json.dumps(row) + "\n")
-            bar.update()
-            if step % settings.log_every == 0:
-                bar.set_postfix(loss=f"{sum(losses[-100:]) / len(losses[-100:]):.4f}")
-                if not sys.stderr.isatty():
-                    print(f"{run.name} step {step}/{settings.steps} loss {sum(losses[-100:]) / len(losses[-100:]):.4f} "
-                          f"{row['seconds']:.2f} s/step", flush=True)
-            if (settings.sample_every and step % settings.sample_every == 0) or step == settings.steps:
-                look(task, ema, model, run, step, losses)
-            if step % settings.save_every == 0 or step == settings.steps:
-                resume.save(run, step, parameters, optimiser, ema.average, keep=settings.keep)
-    except KeyboardInterrupt:
-        resume.save(run, step, parameters, optimiser, ema.average, keep=settings.keep)
-        print(f"\nstopped at step {step} and saved; the same command goes on from there", file=sys.stderr)
-        raise
-    finally:
-        bar.close()
+    with signals_kept() as stopped:
+        try:
+            while step < settings.steps:
+                started = time.perf_counter()
+                for group in optimiser.param_groups:
+                    group["lr"] = learning_rate(step, settings)
+                total = 0.0
+                for micro in range(settings.accumulate):
+                    if stopped:
+                        raise KeyboardInterrupt
+                    with autocast:
+                        loss = task.loss(task.batch(step, micro)) / settings.accumulate
+                    loss.backward()
+                    total += loss.item()
+                norm = nn.utils.clip_grad_norm_(parameters.values(), settings.clip or math.inf).item()
+                if not math.isfinite(total) or not math.isfinite(norm):
+                    raise UserError(f"step {step}: loss {total}, gradient norm {norm}; expected finite numbers; lower --lr "
+                                    f"(now {settings.lr}) and start again from the last checkpoint in {run}")
+                optimiser.step()
+                optimiser.zero_grad(set_to_none=True)
+                ema.update(step)
+                step += 1
+                losses.append(total)
+                row = {"step": step, "loss": round(total, 6), "lr": optimiser.param_groups[0]["lr"],
+                       "grad_norm": round(norm, 4), "seconds": round(time.perf_counter() - started, 4)}
+                with metrics.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+                bar.update()
+                if step % settings.log_every == 0:
+                    bar.set_postfix(loss=f"{sum(losses[-100:]) / len(losses[-100:]):.4f}")
+                    if not sys.stderr.isatty():
+                        print(f"{run.name} step {step}/{settings.steps} loss {sum(losses[-100:]) / len(losses[-100:]):.4f} "
+                              f"{row['seconds']:.2f} s/step", flush=True)
+                if (settings.sample_every and step % settings.sample_every == 0) or step == settings.steps:
+                    look(task, ema, model, run, step, losses)
+                if step % settings.save_every == 0 or step == settings.steps:
+                    resume.save(run, step, parameters, optimiser, ema.average, keep=settings.keep)
+        except KeyboardInterrupt:
+            resume.save(run, step, parameters, optimiser, ema.average, keep=settings.keep)
+            print(f"\nstopped at step {step} and saved; the same command goes on from there", file=sys.stderr)
+            raise
+        finally:
+            bar.close()
     with ema.applied():
         model.eval()
         task.save(run)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def rotary_table(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> Tensor:
-    """Token coordinates (B, L, axes) -> pe (2, B, L, 1, E/2): cosines and sines, float32.
+    """Token coordinates (B, L, axes) -> pe (B, L, 1, E/2): one unit complex number per channel pair, complex64.
 
     Within an axis of width w, pair j turns by position * theta^(-2j/w). Angles are formed in float64: positions beyond 256
     have no exact bfloat16, and float32 angles lose digits (the 2025 reference uses float32, the 2024 one float64).
@@ -20,21 +20,19 @@ def rotary_table(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> Tensor:
     for axis, width in enumerate(axes_dim):
         frequency = theta ** -(torch.arange(0, width, 2, dtype=torch.float64, device=ids.device) / width)
         angles.append(ids[..., axis, None].double() * frequency)
-    angle = torch.cat(angles, dim=-1)
-    return torch.stack((angle.cos(), angle.sin())).float().unsqueeze(3)
+    angle = torch.cat(angles, dim=-1).unsqueeze(2)
+    return torch.complex(angle.cos().float(), angle.sin().float())
 
 
 def rotate(x: Tensor, pe: Tensor) -> Tensor:
-    """Turn adjacent channel pairs of x (B, L, H, E) by pe, in float32; returns x's dtype."""
-    cos, sin = pe
-    pairs = rearrange(x.float(), "b l h (e two) -> two b l h e", two=2)
-    a, b = pairs[0], pairs[1]
-    turned = torch.stack((a * cos - b * sin, a * sin + b * cos), dim=-1)
-    return turned.flatten(3).to(x.dtype)
+    """Turn adjacent channel pairs of x (B, L, H, E), read as complex numbers, by pe, in float32; returns x's dtype."""
+    pairs = torch.view_as_complex(rearrange(x.float(), "b l h (e two) -> b l h e two", two=2))
+    return torch.view_as_real(pairs * pe).flatten(3).to(x.dtype)
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
-    """Normalised q, k and v (B, L, H, E), pe (2, B, L, 1, E/2) -> (B, L, H*E). No mask: padded text attends too."""
-    q, k = rotate(q, pe), rotate(k, pe)
+    """Normalised q, k and v (B, L, H, E), pe (B, L, 1, E/2) -> (B, L, H*E). No mask: padded text attends too."""
+    q = rotate(q, pe)
+    k = rotate(k, pe)
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return out.transpose(1, 2).flatten(2)

@@ -28,7 +28,7 @@ from torch import Tensor
 
 from flux.errors import UserError
 
-HEADER_LIMIT = 8 * 2**20  # bytes; FLUX.1's is 90 kB, a LoRA with its tag statistics a few MB
+HEADER_LIMIT = 4 * 2**20  # bytes; FLUX.1's is 90 kB, a LoRA with its tag statistics a few MB
 TENSOR_LIMIT = 20_000  # names; the largest file we know has 2,736
 BRACKET_LIMIT = 20 * TENSOR_LIMIT  # a tensor needs three, text in the metadata has some; each costs far more once parsed
 DTYPES = {

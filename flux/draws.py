@@ -12,7 +12,7 @@ import torch
 
 def seed_of(*key: int | str) -> int:
     """A key -> 63-bit seed, the same on every machine."""
-    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()
+    digest = hashlib.sha256("/".join(map(str, key)).encode()).digest()  # parts hold no slash
     return int.from_bytes(digest[:8], "little") >> 1
 
 

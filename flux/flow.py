@@ -33,7 +33,7 @@ def mu(tokens: int, base_shift: float = 0.5, max_shift: float = 1.15) -> float:
 
 def shift_time(t: float, mu: float) -> float:
     """Move t in [0, 1] towards noise: e^mu / (e^mu + 1/t - 1); 0 and 1 stay."""
-    return math.exp(mu) / (math.exp(mu) + 1 / t - 1) if t > 0 else 0.0
+    return math.exp(mu) / (math.exp(mu) + (1 / t - 1)) if t > 0 else 0.0
 
 
 def schedule(steps: int, tokens: int, shift: bool = True, base_shift: float = 0.5, max_shift: float = 1.15) -> list[float]:

@@ -69,11 +69,6 @@ class SelfAttention(nn.Module):
         self.norm = QKNorm(hidden_size // num_heads)
         self.proj = nn.Linear(hidden_size, hidden_size)
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x (B, L, D) -> normalised q, k and v, each (B, L, H, E)."""
-        q, k, v = rearrange(self.qkv(x), "b l (three h e) -> three b l h e", three=3, h=self.num_heads)
-        return *self.norm(q, k, v), v
-
 
 class Modulation(nn.Module):
     """vec (B, D) -> `count` tensors (B, 1, D): shift, scale, gate, once or twice (adaptive layer norm, arXiv 2212.09748)."""
@@ -114,16 +109,24 @@ class DoubleStreamBlock(nn.Module):
         img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
         txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
 
-        txt_qkv = self.txt_attn.project(modulate(txt, txt_shift1, txt_scale1))
-        img_qkv = self.img_attn.project(modulate(img, img_shift1, img_scale1))
-        q, k, v = (torch.cat(pair, dim=1) for pair in zip(txt_qkv, img_qkv, strict=True))
-        txt_attn, img_attn = attention(q, k, v, pe).split((txt.shape[1], img.shape[1]), dim=1)
-
+        txt_attn, img_attn = self.attend(modulate(txt, txt_shift1, txt_scale1), modulate(img, img_shift1, img_scale1), pe)
         img = torch.addcmul(img, img_gate1, self.img_attn.proj(img_attn))
         img = torch.addcmul(img, img_gate2, self.img_mlp(modulate(img, img_shift2, img_scale2)))
         txt = torch.addcmul(txt, txt_gate1, self.txt_attn.proj(txt_attn))
         txt = torch.addcmul(txt, txt_gate2, self.txt_mlp(modulate(txt, txt_shift2, txt_scale2)))
         return img, txt
+
+    def attend(self, txt: Tensor, img: Tensor, pe: Tensor) -> tuple[Tensor, ...]:
+        """One attention over both streams, given and returned apart. Its q, k and v are freed before the MLPs run.
+
+        The projections are joined before the norms, so that the backward pass keeps v once.
+        """
+        lengths = (txt.shape[1], img.shape[1])
+        joined = torch.cat((self.txt_attn.qkv(txt), self.img_attn.qkv(img)), dim=1)
+        q, k, v = rearrange(joined, "b l (three h e) -> three b l h e", three=3, h=self.txt_attn.num_heads)
+        txt_qk, img_qk = zip(q.split(lengths, dim=1), k.split(lengths, dim=1), strict=True)
+        pairs = zip(self.txt_attn.norm(*txt_qk, v), self.img_attn.norm(*img_qk, v), strict=True)
+        return attention(*(torch.cat(pair, dim=1) for pair in pairs), v, pe).split(lengths, dim=1)
 
 
 class SingleStreamBlock(nn.Module):
@@ -132,7 +135,7 @@ class SingleStreamBlock(nn.Module):
     def __init__(self, config: FluxConfig):
         super().__init__()
         self.num_heads = config.num_heads
-        self.widths = (3 * config.hidden_size, config.mlp_hidden)
+        self.widths = (*[config.hidden_size] * 3, config.mlp_hidden)
         self.linear1 = nn.Linear(config.hidden_size, sum(self.widths))
         self.linear2 = nn.Linear(config.hidden_size + config.mlp_hidden, config.hidden_size)
         self.norm = QKNorm(config.head_dim)
@@ -141,10 +144,14 @@ class SingleStreamBlock(nn.Module):
     def forward(self, x: Tensor, vec: Tensor, pe: Tensor) -> Tensor:
         """x (B, L_txt + L_img, D), vec (B, D) -> x."""
         shift, scale, gate = self.modulation(vec)
-        qkv, mlp = self.linear1(modulate(x, shift, scale)).split(self.widths, dim=-1)
-        q, k, v = rearrange(qkv, "b l (three h e) -> three b l h e", three=3, h=self.num_heads)
-        attn = attention(*self.norm(q, k, v), v, pe)
-        return torch.addcmul(x, gate, self.linear2(torch.cat((attn, F.gelu(mlp, approximate="tanh")), dim=-1)))
+        both = torch.cat(self.branches(self.linear1(modulate(x, shift, scale)), pe), dim=-1)
+        return torch.addcmul(x, gate, self.linear2(both))
+
+    def branches(self, joined: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
+        """linear1's output (B, L, 3D + 4D) -> attention (B, L, D) and MLP (B, L, 4D); it is freed before they are joined."""
+        *qkv, mlp = joined.split(self.widths, dim=-1)
+        q, k, v = (rearrange(x, "b l (h e) -> b l h e", h=self.num_heads) for x in qkv)
+        return attention(*self.norm(q, k, v), v, pe), F.gelu(mlp, approximate="tanh")
 
 
 class LastLayer(nn.Module):

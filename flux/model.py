@@ -36,10 +36,11 @@ class Flux(nn.Module):
             img, txt = block(img, txt, vec, pe)
             if residuals is not None:
                 img = img + residuals[i]
-        x = torch.cat((txt, img), dim=1)
+        x, start = torch.cat((txt, img), dim=1), txt.shape[1]
+        del img, txt
         for block in self.single_blocks:
             x = block(x, vec, pe)
-        return self.final_layer(x[:, txt.shape[1]:], vec)
+        return self.final_layer(x[:, start:], vec)
 
     def condition(self, vec: Tensor, t: Tensor, guidance: Tensor | None) -> Tensor:
         """Pooled text (B, 768), time and guidance (B,) -> (B, D), summed in the released order: bf16 depends on it."""

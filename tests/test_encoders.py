@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from golden import load
 from torch import nn
 
 from flux import clip, config, siglip, t5
+from golden import load
 
 MANIFESTS = Path(__file__).parent / "manifests"
 GOLDENS = ("clip_legacy_eos", "clip_modern_eos", "clip_pair", "t5_encoder", "siglip_redux")

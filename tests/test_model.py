@@ -24,7 +24,7 @@ DTYPES = pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=(
 
 def matrices(pe):
     """Our table (2, B, L, 1, E/2) -> the reference's rotation matrices (B, 1, L, E/2, 2, 2)."""
-    cos, sin = rearrange(pe, "two b l 1 e -> two b 1 l e")
+    cos, sin = (rearrange(part, "b l 1 e -> b 1 l e") for part in (pe.real, pe.imag))
     return torch.stack((cos, -sin, sin, cos), dim=-1).unflatten(-1, (2, 2))
 
 
@@ -182,7 +182,7 @@ def ids_changed(change):
 
 def halves(x, pe):
     """Rotation of the first half of the channels against the second."""
-    (cos, sin), (a, b) = pe, x.chunk(2, dim=-1)
+    (cos, sin), (a, b) = (pe.real, pe.imag), x.chunk(2, dim=-1)
     return torch.cat((a * cos - b * sin, a * sin + b * cos), dim=-1)
 
 
@@ -248,7 +248,7 @@ WRONG = {
     "theta 1000": swap(model, "rotary_table", lambda table: lambda ids, axes, theta: table(ids, axes, 1000)),
     "halves rotate": swap(attention, "rotate", lambda rotate: halves),
     "rotation the other way round": swap(attention, "rotate", lambda rotate: lambda x, pe: rotate(
-        x, torch.stack((pe[0], -pe[1])))),
+        x, pe.conj())),
     "no scale in attention": swap(F, "scaled_dot_product_attention", lambda sdpa: lambda q, k, v: sdpa(q, k, v, scale=1.0)),
     "eps 1e-5 in layer norm": swap(F, "layer_norm", lambda norm: lambda x, shape, eps: norm(x, shape, eps=1e-5)),
     "eps 1e-5 in q and k norm": swap(F, "rms_norm", lambda norm: lambda x, shape, weight=None, eps=0: norm(

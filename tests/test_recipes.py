@@ -1,4 +1,4 @@
-"""Every training stage runs: batches follow from the step alone, the loss is finite and falls, what is saved can be loaded."""
+"""Every training stage runs: batches follow from the step alone, the loss falls, and what is saved can be loaded."""
 
 import shutil
 
@@ -71,7 +71,7 @@ def test_guidance_learns_from_a_frozen_teacher(shipped, tmp_path):
     trained = {name.split(".")[0] for name, p in task.trainable().named_parameters() if p.requires_grad}
     assert trained == {"flux"} and not any(p.requires_grad for p in task.teacher.parameters())
     x0, eps, t, captions, guidance = task.batch(0, 0)
-    assert 1 <= guidance.min() and guidance.max() <= task.strongest
+    assert guidance.min() >= 1 and guidance.max() <= task.strongest
     plain = task.loss((x0, eps, t, captions, torch.ones_like(guidance))).item()
     assert plain < 1e-8  # guidance 1 is what the student begins with
 

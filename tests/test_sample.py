@@ -96,7 +96,8 @@ def test_num_counts_seeds_up_and_batches_do_not_matter(tmp_path):
 
 def test_prompts_come_from_a_file_too(tmp_path):
     (tmp_path / "prompts.txt").write_text("# all of them\na red ring\n\na star # a comment\n", encoding="utf-8")
-    assert t2i.TextToImage(prompt=("first",), prompts=tmp_path / "prompts.txt").all_prompts() == ["first", "a red ring", "a star"]
+    command = t2i.TextToImage(prompt=("first",), prompts=tmp_path / "prompts.txt")
+    assert command.all_prompts() == ["first", "a red ring", "a star"]
     with pytest.raises(UserError, match="no such file"):
         t2i.TextToImage(prompts=tmp_path / "absent.txt").all_prompts()
 
