@@ -401,7 +401,10 @@ def training(argv: list[str]) -> tuple[str, str, object]:
         hint = f"nearest is {nearest(name, names)}; " if names else ""
         raise UserError(f"{name!r} is no recipe that trains, {hint}python train.py --help lists all")
     if chosen not in stages:
-        own = [other for recipe, other in stages if recipe == name]
+        own = [other for recipe, other in stages if recipe == name and other]
+        if not own:
+            raise UserError(f"{stage!r} is no stage of {name}, which has none by name; leave it out, as in "
+                            f"python train.py {name}")
         near = nearest(stage, own) if stage else own[0]
         came = f"{stage!r} is no stage of {name}, nearest is {near}" if stage else f"{name} came without a stage"
         raise UserError(f"{came}; expected one of {', '.join(own)}, as in python train.py {name} {near}")

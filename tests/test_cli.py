@@ -506,3 +506,14 @@ def test_bench_has_its_own_command(monkeypatch):
     monkeypatch.setattr(flux, "bench", bench, raising=False)
     monkeypatch.setitem(sys.modules, "flux.bench", bench)
     assert sample.main(["bench", "--help"]) == ["--help"]
+
+
+def test_a_recipe_may_have_a_stage_without_a_name():
+    """`python train.py t2i` and `python train.py demo` are commands; a word that is no stage says which there are."""
+    with pytest.raises(UserError, match="'x' is no stage of t2i, which has none by name; leave it out"):
+        cli.training(["t2i", "x"])
+    with pytest.raises(UserError, match="'flwo' is no stage of demo, nearest is flow; expected one of autoencoder, pair"):
+        cli.training(["demo", "flwo"])
+    name, stage, instance = cli.training(["demo", "--seed", "3"])
+    assert (name, stage, instance.seed) == ("demo", "", 3)
+    assert [stage for stage, _ in instance.stages()] == ["autoencoder", "pair", "flow", "guidance", "evaluate"]

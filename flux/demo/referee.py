@@ -2,7 +2,7 @@
 
 It undoes `scene.render` step by step, with room for the blur, noise and tint that an autoencoder and a sampler leave:
 
-    backgrounds   the border -> (light, colour, gradient); from here on the light is undone and colours are the palette's
+    backgrounds   the border -> (light, colour, gradient); from here on that light is undone, colours are the palette's
     explain       the ground under the objects, its shadows, and the pieces that differ from both, one colour each
     recognise     a piece against the templates of `scene.distance`: centre and radius by Gauss-Newton, then overlap
     compare       one bool per attribute that the caption names
@@ -39,7 +39,7 @@ from flux.demo.scene import (
 PALETTE = {name: np.array(rgb, np.float32) / 255 for name, rgb in COLOURS.items()}
 GAIN = {"normal": 1.0, "dim": 0.55, "bright": 0.68}  # what a light leaves of contrast
 
-# Distances between colours in normal light. The palette's closest pair is 0.33 apart, 0.23 with a shadow on one of them.
+# Distances between colours in normal light. The palette's closest pair is 0.33 apart, 0.23 with a shadow on one.
 BORDER_TOLERANCE = 0.10  # of the median border pixel, in the picture's own light
 RIVAL = 0.07  # what a worse background may cost more and still be tried: black may be dim, white may be bright
 FOREGROUND = 0.11  # from the ground and all its shadows
@@ -120,7 +120,7 @@ def compare(seen: Seen, asked: Scene) -> Verdict:
 
 
 def _compare(order: tuple[Found | None, ...], asked: Scene) -> dict[str, bool]:
-    """The objects' attributes and their relation, for seen objects in the order of the asked ones; None is no object."""
+    """The objects' attributes and their relation, for seen objects in the asked ones' order; None is no object."""
     held = {}
     for i, (found, thing) in enumerate(zip(order, asked.things, strict=True), 1):
         for name in ("shape", "colour", "size"):
@@ -165,7 +165,7 @@ class View:
 
 @dataclass(frozen=True)
 class Piece:
-    """A connected piece of one colour. Arrays (H, W): which pixels, how much of each is covered, which may be judged."""
+    """A connected piece of one colour. Arrays (H, W): which pixels, how much each is covered, which may be judged."""
 
     mask: np.ndarray
     cover: np.ndarray
@@ -177,7 +177,7 @@ class Piece:
 
 
 def look(pixels: np.ndarray, things: int, shapes: tuple[str, ...] = SHAPES) -> Seen:
-    """What is in a picture (H, W, 3) uint8. All objects are reported, however many are expected.
+    """What is in a picture (H, W, 3) uint8, from 96 pixels. All objects are reported, however many are expected.
 
     `things` decides one case: where two are expected and one piece that is no shape is found, it is cut in two.
     """
@@ -377,7 +377,7 @@ def _paint_gap(pixels: np.ndarray, rgb: np.ndarray) -> np.ndarray:
 
 
 def cut(piece: Piece) -> tuple[Piece, Piece]:
-    """A piece at its neck, across its longer side: two objects of one colour that touch. Each sees its own half only."""
+    """Two objects of one colour that touch, parted at the neck across the longer side. Each sees its own half only."""
     rows, columns = np.flatnonzero(piece.mask.any(1)), np.flatnonzero(piece.mask.any(0))
     across = np.ptp(columns) > np.ptp(rows)
     low, high = (columns if across else rows)[[0, -1]]
@@ -395,7 +395,7 @@ REACH, STEPS = 1.7, 100  # templates are tables of distances from -REACH to REAC
 
 @dataclass(frozen=True)
 class Template:
-    """Tables (n, n) in radii: the distance to a shape, its slopes along x and y. Area, outline, centroid in radii too."""
+    """Tables (n, n) in radii: the distance to a shape, its slopes along x and y; area, outline, centroid likewise."""
 
     distance: np.ndarray
     along_x: np.ndarray
@@ -588,7 +588,7 @@ def degrade(pixels: np.ndarray, rng: np.random.Generator, blur: float = 1.0, noi
 
 
 def twist(scene: Scene, name: str, rng: np.random.Generator) -> Scene:
-    """A scene that differs in one attribute (background, shape, colour, place, relation), so that no picture shows both.
+    """A scene that differs in one attribute (background, shape, colour, place, relation): no picture shows both.
 
     Where both objects are alike, "left of" is shown by a picture of "right of" too.
     """
@@ -647,9 +647,10 @@ def main() -> None:
             judged, held, fooled = measure(pictures, things, degraded, bar)
             lines.append((title, {name: f"{100 * held[name] / judged[name]:.1f}" for name in judged},
                           {name: f"{100 * fooled[name] / pictures:.1f}" for name in fooled}))
-    wrong = [{name: judge(*each).right for name, each in nonsense(np.random.default_rng(i)).items()} for i in range(100)]
+    wrong = [{name: judge(*each).right for name, each in nonsense(np.random.default_rng(seed)).items()}
+             for seed in range(100)]
     columns = ("right", "objects", "background", "shape", "colour", "place", "relation", "size", "light", "finish")
-    print(f"{4 * pictures} pictures of held-out scenes; degraded: blur of 1 pixel, noise of 4 and tint of up to 8 in 255")
+    print(f"{4 * pictures} pictures of held-out scenes; degraded: blur of 1 pixel, noise of 4, tint of up to 8 in 255")
     for heading, names, i in (("found right, % (the pictures show what is asked)", columns, 1),
                               ("found right, % (the named attribute is not as asked)", columns[2:7], 2)):
         print(f"\n{heading}\n{'':22}" + "".join(f"{name:>11}" for name in names))
