@@ -15,7 +15,7 @@ setup(
     packages=find_packages(include=["flux*", "lora*", "vlm_client*", "kernels*"]),
     package_data={"flux.demo": ["weights/*.safetensors", "weights/*.json", "weights/tokenizer/*", "weights/tokenizer_2/*"]},
     install_requires=[
-        "torch>=2.6",
+        "torch>=2.9",
         "safetensors",
         "sentencepiece",
         "tokenizers",

@@ -27,8 +27,10 @@ if __name__ == "__main__" and (len(sys.argv) == 1 or cli.wants_help(sys.argv[1:]
 
 import torch  # noqa: E402
 from torch import Tensor, nn  # noqa: E402
+from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
+from flux import optimiser as optimisers  # noqa: E402
 from flux import pictures, resume  # noqa: E402
 from flux.errors import UserError  # noqa: E402
 
@@ -90,14 +92,15 @@ def train(task, settings, run: Path) -> None:
         torch.set_num_threads(settings.threads)
     model = task.trainable()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimiser = torch.optim.AdamW(parameters.values(), lr=settings.lr, betas=(0.9, settings.beta2),
-                                  weight_decay=settings.weight_decay, fused=True)
+    optimiser = optimisers.build(model, settings)
     owned = {id(p) for group in optimiser.param_groups for p in group["params"]}
     assert owned == {id(p) for p in model.parameters() if p.requires_grad}, "the optimiser owns what requires grad"
     ema = Ema(parameters, settings.ema)
     step = resume.load(run, settings.resume, parameters, optimiser, ema.average)
     device = next(iter(parameters.values())).device.type
     autocast = torch.autocast(device, torch.bfloat16) if settings.dtype == "bf16" else nullcontext()
+    # on a CPU, flash attention's backward pass in bf16 takes five times as long as plain products
+    kernels = sdpa_kernel(SDPBackend.MATH) if settings.dtype == "bf16" and device == "cpu" else nullcontext()
     run.mkdir(parents=True, exist_ok=True)
     metrics = resume.open_metrics(run / "metrics.jsonl", step)
     losses = [json.loads(line)["loss"] for line in metrics.read_text().splitlines()]
@@ -105,7 +108,7 @@ def train(task, settings, run: Path) -> None:
     model.train()
     if step == 0:
         print(f"{run}: {sum(p.numel() for p in parameters.values()):,} parameters to train", flush=True)
-    with signals_kept() as stopped:
+    with signals_kept() as stopped, kernels:
         try:
             while step < settings.steps:
                 started = time.perf_counter()

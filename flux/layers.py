@@ -123,7 +123,7 @@ class DoubleStreamBlock(nn.Module):
         """
         lengths = (txt.shape[1], img.shape[1])
         joined = torch.cat((self.txt_attn.qkv(txt), self.img_attn.qkv(img)), dim=1)
-        q, k, v = rearrange(joined, "b l (three h e) -> three b l h e", three=3, h=self.txt_attn.num_heads)
+        q, k, v = (rearrange(x, "b l (h e) -> b l h e", h=self.txt_attn.num_heads) for x in joined.chunk(3, dim=-1))
         txt_qk, img_qk = zip(q.split(lengths, dim=1), k.split(lengths, dim=1), strict=True)
         pairs = zip(self.txt_attn.norm(*txt_qk, v), self.img_attn.norm(*img_qk, v), strict=True)
         return attention(*(torch.cat(pair, dim=1) for pair in pairs), v, pe).split(lengths, dim=1)
@@ -144,14 +144,36 @@ class SingleStreamBlock(nn.Module):
     def forward(self, x: Tensor, vec: Tensor, pe: Tensor) -> Tensor:
         """x (B, L_txt + L_img, D), vec (B, D) -> x."""
         shift, scale, gate = self.modulation(vec)
-        both = torch.cat(self.branches(self.linear1(modulate(x, shift, scale)), pe), dim=-1)
-        return torch.addcmul(x, gate, self.linear2(both))
+        return torch.addcmul(x, gate, self.linear2(self.branches(self.linear1(modulate(x, shift, scale)), pe)))
 
-    def branches(self, joined: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
-        """linear1's output (B, L, 3D + 4D) -> attention (B, L, D) and MLP (B, L, 4D); it is freed before they are joined."""
+    def branches(self, joined: Tensor, pe: Tensor) -> Tensor:
+        """linear1's output (B, L, 3D + 4D), freed on return -> attention beside MLP (B, L, D + 4D)."""
         *qkv, mlp = joined.split(self.widths, dim=-1)
         q, k, v = (rearrange(x, "b l (h e) -> b l h e", h=self.num_heads) for x in qkv)
-        return attention(*self.norm(q, k, v), v, pe), F.gelu(mlp, approximate="tanh")
+        return BesideGelu.apply(attention(*self.norm(q, k, v), v, pe), mlp)
+
+
+class BesideGelu(torch.autograd.Function):
+    """cat((a, gelu(b)), -1) with gelu written where it belongs: otherwise a block's largest activation is copied once more.
+
+    Differentiable twice; has no forward-mode derivative (torch.func.jvp).
+    """
+
+    @staticmethod
+    def forward(ctx, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(b)
+        if torch.compiler.is_compiling():  # which joins the two itself, and does not take such an output
+            return torch.cat((a, F.gelu(b, approximate="tanh")), dim=-1)
+        both = a.new_empty(*a.shape[:-1], a.shape[-1] + b.shape[-1])
+        both[..., :a.shape[-1]] = a
+        torch.ops.aten.gelu.out(b, approximate="tanh", out=both[..., a.shape[-1]:])
+        return both
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, Tensor]:
+        (b,) = ctx.saved_tensors
+        grad_a, grad_gelu = grad.split((grad.shape[-1] - b.shape[-1], b.shape[-1]), dim=-1)
+        return grad_a.clone(), torch.ops.aten.gelu_backward(grad_gelu, b, approximate="tanh")  # a view would keep all
 
 
 class LastLayer(nn.Module):

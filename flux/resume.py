@@ -16,6 +16,7 @@ from torch import Tensor
 from flux import checkpoint
 from flux.errors import UserError
 
+ADAMW, MUON = ("step", "exp_avg", "exp_avg_sq"), ("momentum_buffer",)  # a parameter's state
 REMEDY = "name another with --resume, or start anew with --resume none"
 
 
@@ -89,7 +90,8 @@ def load(run: Path, how: str, parameters: dict[str, Tensor], optimiser: torch.op
         if {name: value.shape for name, value in found.items()} != expected:
             raise UserError(f"{folder} trained {len(found)} tensors, this run trains {len(expected)}, and their names or "
                             f"shapes differ; expected the same model; {REMEDY}")
-    states = {name: _moments(folder, name, p, moments) for name, p in parameters.items()}
+    keys = {id(p): MUON if "ns_steps" in group else ADAMW for group in optimiser.param_groups for p in group["params"]}
+    states = {name: _moments(folder, name, p, keys[id(p)], moments) for name, p in parameters.items()}
     with torch.no_grad():
         for name, p in parameters.items():
             p.copy_(model[name])
@@ -99,16 +101,17 @@ def load(run: Path, how: str, parameters: dict[str, Tensor], optimiser: torch.op
     return step
 
 
-def _moments(folder: Path, name: str, p: Tensor, saved: checkpoint.Mapped) -> dict[str, Tensor]:
-    """AdamW's state of one parameter, laid out in memory like it: fused AdamW walks over both side by side.
+def _moments(folder: Path, name: str, p: Tensor, keys: tuple[str, ...], saved: checkpoint.Mapped) -> dict[str, Tensor]:
+    """The optimiser's state of one parameter, laid out in memory like it: fused AdamW walks over both side by side.
 
     Empty for a parameter that never had a gradient.
     """
-    keys = [key for key in ("step", "exp_avg", "exp_avg_sq") if f"{key}.{name}" in saved]
-    if len(keys) not in (0, 3):
-        raise UserError(f"{folder} has of {name} only {', '.join(keys)}; expected the state of AdamW; {REMEDY}")
+    found = tuple(key for key in sorted({*ADAMW, *MUON}) if f"{key}.{name}" in saved)
+    if found not in ((), tuple(sorted(keys))):
+        raise UserError(f"{folder} has of {name} the moments {', '.join(found)}; expected {', '.join(keys)}, as this run's "
+                        f"optimiser keeps them; choose the same --optimiser, or {REMEDY}")
     return {key: (torch.empty((), device=p.device) if key == "step" else torch.empty_like(p)).copy_(saved[f"{key}.{name}"])
-            for key in keys}
+            for key in found}
 
 
 def _whole(folder: Path) -> int:

@@ -47,13 +47,14 @@ class Training:
 
     data: Path | None = None  # folder with pictures and captions; without it the demo's renderer draws them
     steps: int = 1000  # optimizer steps
-    lr: float = 1e-4  # learning rate of AdamW after warmup; a LoRA bears ten times more than a full model
+    optimiser: Literal["adamw", "muon"] = "adamw"  # muon: fewer steps for a transformer trained from nothing
+    lr: float = 1e-4  # learning rate after warmup; a LoRA bears ten times more than a full model
     batch: int = 1  # samples per forward pass: as many as fit in memory
     accumulate: int = 1  # forward passes per optimizer step; batch * accumulate samples make one gradient
     warmup: int = 100  # optimizer steps in which lr rises from 0: Adam's first variance estimates are poor
     schedule: Literal["constant", "cosine"] = "constant"  # of lr after warmup; cosine falls to a hundredth at the end
     beta2: float = 0.99  # AdamW's memory of squared gradients; 0.99 follows short trainings better than 0.999
-    weight_decay: float = 0.0  # AdamW's, decoupled
+    weight_decay: float = 0.0  # decoupled
     clip: float = 1.0  # largest gradient norm; 0 clips nothing
     ema: float = 0.0  # decay per step of the averaged weights that are saved; 0 keeps no average
     seed: int = 0  # of data order, noise and times; the same seed gives the same run

@@ -12,8 +12,10 @@ import pytest
 from tqdm import tqdm
 
 from flux.demo import referee
-from flux.demo.referee import compare, components, degrade, judge, look, measure, nonsense
+from flux.demo.masks import components
+from flux.demo.referee import compare, judge, look
 from flux.demo.scene import COLOURS, SHAPES, Caption, Scene, Thing, distance, render, sample_caption, sample_scene
+from flux.demo.trial import degrade, measure, nonsense
 
 RED_STAR = Scene((Thing("star", "red", "medium", "left", 0.27, 0.5, 0.16),), "cyan")
 PAIR = Scene((Thing("heart", "white", "medium", "", 0.26, 0.5, 0.16),
@@ -172,4 +174,12 @@ def test_it_reads_pixels_only_and_changes_none():
     imported = {node.module for node in nodes if isinstance(node, ast.ImportFrom)}
     imported |= {name.name for node in nodes if isinstance(node, ast.Import) for name in node.names}
     ours = {name for name in imported if name.split(".")[0] in ("flux", "lora", "kernels", "vlm_client", "torch")}
-    assert ours == {"flux.demo.scene"}
+    assert ours == {"flux.demo", "flux.demo.scene"} and "torch" not in inspect.getsource(referee.masks)
+
+
+@pytest.mark.parametrize("ground", ["red", "blue", "purple", "green"])
+def test_the_sides_of_a_large_square_are_not_stepped_over(ground):
+    """A fit that looks at every third pixel may see nothing of a side that lies along the rows."""
+    for x, y in ((0.5, 0.5), (0.507, 0.492), (0.512, 0.481)):
+        scene = Scene((Thing("square", "black", "large", "centre", x, y, 0.2219),), ground, finish="glossy")
+        assert judge(render(scene)[0], scene).right

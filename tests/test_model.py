@@ -237,10 +237,9 @@ WRONG = {
     "MLPs of the streams swapped": streams_swapped,
     "MLP before attention in linear2": mlp_before_attention,
     "text tokens returned": text_tokens_returned,
-    "exact gelu": swap(F, "gelu", lambda gelu: lambda x, approximate="none": gelu(x)),
     "exact gelu in the double blocks": exact_gelu_in_double_blocks,
-    "exact gelu in the single blocks": swap(layers, "F", lambda f: SimpleNamespace(
-        **vars(f) | {"gelu": lambda x, approximate: f.gelu(x)})),
+    "exact gelu in the single blocks": swap(layers, "BesideGelu", lambda beside: SimpleNamespace(
+        apply=lambda attn, mlp: torch.cat((attn, F.gelu(mlp)), dim=-1))),
     "no rope": ids_changed(torch.zeros_like),
     "image before text": ids_changed(lambda ids: ids.roll(15, dims=1)),
     "columns before rows": ids_changed(lambda ids: ids[..., [0, 2, 1]]),
@@ -411,3 +410,15 @@ def test_guidance_is_asked_for(tiny):
         tiny(**given | {"guidance": None})
     changed = tiny(**given | {"guidance": given["guidance"] + 1})
     assert not near(changed, tiny(**given), 1e-4)
+
+
+def test_gelu_beside_attention_is_its_two_operations():
+    """Both derivatives against numerical ones, and what compiling traces."""
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(2, 3, width, dtype=torch.double, generator=generator, requires_grad=True) for width in (4, 7))
+    joined = layers.BesideGelu.apply
+    torch.testing.assert_close(joined(a, b), torch.cat((a, F.gelu(b, approximate="tanh")), dim=-1))
+    assert torch.autograd.gradcheck(joined, (a, b)) and torch.autograd.gradgradcheck(joined, (a, b))
+    compiled = torch.compile(lambda a, b: joined(a, b).square().sum(), backend="aot_eager", fullgraph=True)
+    compiled(a, b).backward()
+    torch.testing.assert_close(b.grad, torch.autograd.grad(F.gelu(b, approximate="tanh").square().sum(), b)[0])

@@ -7,20 +7,17 @@ It undoes `scene.render` step by step, with room for the blur, noise and tint th
     recognise     a piece against the templates of `scene.distance`: centre and radius by Gauss-Newton, then overlap
     compare       one bool per attribute that the caption names
 
-`python -m flux.demo.referee` measures the referee on pictures whose truth is known. Places and radii are shares of the
+`python -m flux.demo.trial` measures the referee on pictures whose truth is known. Places and radii are shares of the
 picture's edge where nothing else is said, colours are in [0, 1], distances between colours are Euclidean.
 """
 
-import argparse
-import time
-from collections import Counter
 from dataclasses import dataclass, replace
 from functools import cache
-from itertools import permutations, product
+from itertools import permutations
 
 import numpy as np
-from tqdm import tqdm
 
+from flux.demo import masks
 from flux.demo.scene import (
     COLOURS,
     LIGHTS,
@@ -31,9 +28,6 @@ from flux.demo.scene import (
     SIZES,
     Scene,
     distance,
-    render,
-    sample_caption,
-    sample_scene,
 )
 
 PALETTE = {name: np.array(rgb, np.float32) / 255 for name, rgb in COLOURS.items()}
@@ -241,12 +235,12 @@ def explain(image: np.ndarray, light: str, background: str, gradient: bool, misf
     pixels = undo_light(image, light)
     scale = (len(image) / 128) ** 2  # pixels for one of the usual picture
     ground = _ground(pixels, background, gradient, light)
-    smooth = _mean(pixels)
-    shade = np.clip(_dot(smooth, ground) / np.maximum(_dot(ground, ground), 1e-3), 0.5, 1)
-    foreground = _norm(smooth - shade[..., None] * ground) > FOREGROUND
-    dark = ~foreground & (shade < 0.88) & (_norm(smooth - ground) > 0.07)
-    black = (foreground & (_norm(smooth - PALETTE["black"]) < 0.3)).sum() > 20 * scale
-    band = _erode(_erode(dark)) if black else _erode(dark)  # the soft edge of a black object is like a narrow shadow
+    smooth = masks.mean(pixels)
+    shade = np.clip(masks.dot(smooth, ground) / np.maximum(masks.dot(ground, ground), 1e-3), 0.5, 1)
+    foreground = masks.norm(smooth - shade[..., None] * ground) > FOREGROUND
+    dark = ~foreground & (shade < 0.88) & (masks.norm(smooth - ground) > 0.07)
+    black = (foreground & (masks.norm(smooth - PALETTE["black"]) < 0.3)).sum() > 20 * scale
+    band = masks.erode(masks.erode(dark)) if black else masks.erode(dark)  # a black object's soft edge is like a shadow
     shadow = not gradient and bool(band.sum() > (3 if black else 10) * scale)
     if shadow:
         ground = ground * shade[..., None]
@@ -265,7 +259,7 @@ def _ground(pixels: np.ndarray, background: str, gradient: bool, light: str) -> 
     y = np.linspace(-1, 1, len(pixels), dtype=np.float32)[:, None]
     for tolerance in (0.17, 0.1):
         away = pixels - ground
-        near = _norm(away) < tolerance
+        near = masks.norm(away) < tolerance
         count = near.sum(1, keepdims=True)
         total = np.where(near[..., None], away, 0).sum(1)  # (H, 3)
         normal = np.array([[count.sum() + 1, (count * y).sum()], [(count * y).sum(), (count * y * y).sum() + 1]])
@@ -284,13 +278,13 @@ def _pieces(pixels, smooth, ground, foreground, names, scale) -> tuple[Piece, ..
     solid = _solid(label, scale)
     pieces, rest = [], foreground
     for i, thick in solid.items():
-        clear = ~_dilate(np.isin(label, [j for j in solid if j != i])) | (label == i)
+        clear = ~masks.dilate(np.isin(label, [j for j in solid if j != i])) | (label == i)
         mask, shiny = _covered(label == i, thick, pixels, ground)
         pieces += [_piece(pixels, ground, piece, clear, shiny, names)
-                   for piece in components(mask) if (piece & thick).any()]
-        rest = rest & ~_dilate(label == i, 2)
+                   for piece in masks.components(mask) if (piece & thick).any()]
+        rest = rest & ~masks.dilate(label == i, 2)
     nothing = np.zeros_like(rest)
-    pieces += [_piece(pixels, ground, piece, ~nothing, nothing, names) for piece in components(_erode(rest))]
+    pieces += [_piece(pixels, ground, piece, ~nothing, nothing, names) for piece in masks.components(masks.erode(rest))]
     return tuple(piece for piece in pieces if piece.mask.sum() > SPECK * piece.mask.size and piece.contrast > FAINT)
 
 
@@ -301,8 +295,8 @@ def _covered(labelled, thick, pixels, ground) -> tuple[np.ndarray, np.ndarray]:
     """
     rgb, at, base = np.median(pixels[thick], axis=0), pixels[labelled], ground[labelled]
     cover = _cover(at, base, rgb)
-    edge_gap = _norm(at - base - cover[:, None] * (rgb - base))
-    inside = _erode(thick)[labelled]
+    edge_gap = masks.norm(at - base - cover[:, None] * (rgb - base))
+    inside = masks.erode(thick)[labelled]
     mask, shiny = np.zeros_like(labelled), np.zeros_like(labelled)
     shiny[labelled] = (_highlight(at, rgb) > 0.12) & (inside | (_highlight_gap(at, rgb) < edge_gap - 0.05))
     mask[labelled] = cover > 0.5
@@ -316,21 +310,21 @@ def _settle_edges(label, pixels, smooth, ground, scale):
     """
     settled = label < 0
     solid = [(mask, i, np.median(pixels[mask], axis=0)) for i, mask in _solid(label, scale).items()]
-    for _, i, rgb in sorted(solid, key=lambda each: -_norm(each[2] - ground[each[0]].mean(0))):
+    for _, i, rgb in sorted(solid, key=lambda each: -masks.norm(each[2] - ground[each[0]].mean(0))):
         for _ in range(3):  # along thin tips, which are edge all over
-            near = _dilate(label == i, 5) & (label != i) & ~settled
+            near = masks.dilate(label == i, 5) & (label != i) & ~settled
             if not near.any():
                 break
             at, base = smooth[near], ground[near]
             mixed = base + _cover(at, base, rgb)[:, None] * (rgb - base)
-            label[near] = np.where(_norm(at - mixed) < MIXED, i, label[near])
+            label[near] = np.where(masks.norm(at - mixed) < MIXED, i, label[near])
         settled |= label == i
 
 
 def _settle_highlights(label, pixels, smooth, scale):
     """Give the highlights of a glossy object to its colour, the largest first. In place."""
     for i, mask in sorted(_solid(label, scale).items(), key=lambda each: -each[1].sum()):
-        near = _dilate(mask, 5) & (label != i) & (label >= 0)
+        near = masks.dilate(mask, 5) & (label != i) & (label >= 0)
         at, rgb = smooth[near], np.median(pixels[mask], axis=0)
         highlight = (_highlight_gap(at, rgb) < MIXED) & (_highlight(at, rgb) < 0.72)  # more may be a white object
         label[near] = np.where(highlight, i, label[near])
@@ -339,41 +333,41 @@ def _settle_highlights(label, pixels, smooth, scale):
 def _solid(label: np.ndarray, scale: float) -> dict[int, np.ndarray]:
     """Where each label is thicker than an edge, for the labels of which that is some."""
     common = np.flatnonzero(np.bincount(label.ravel() + 1)[1:] > 12 * scale)
-    return {int(i): thick for i in common if (thick := _erode(label == i)).sum() > 12 * scale}
+    return {int(i): thick for i in common if (thick := masks.erode(label == i)).sum() > 12 * scale}
 
 
 def _piece(pixels, ground, mask, clear, shiny, names) -> Piece:
-    inner = _erode(mask)
+    inner = masks.erode(mask)
     rgb = np.median(pixels[inner if inner.any() else mask], axis=0)
-    gaps = [float(_norm(rgb - PALETTE[name])) for name in names]
+    gaps = [float(masks.norm(rgb - PALETTE[name])) for name in names]
     (gap, name), (rival, _) = sorted(zip(gaps, names, strict=True))[:2]
-    near, cover = _dilate(mask, 4), np.zeros(mask.shape, np.float32)
+    near, cover = masks.dilate(mask, 4), np.zeros(mask.shape, np.float32)
     cover[near] = _cover(pixels[near], ground[near], rgb)
     cover[mask & shiny] = 1
     return Piece(mask, cover, clear, rgb, name if gap < min(COLOUR_TOLERANCE, rival / 2) else "", gap,
-                 float(_norm(rgb - ground[mask].mean(0))))
+                 float(masks.norm(rgb - ground[mask].mean(0))))
 
 
 def _cover(pixels, ground, rgb) -> np.ndarray:
     """How much of each pixel something of this colour covers, if the rest is ground, [0, 1]."""
     way = rgb - ground
-    return np.clip(_dot(pixels - ground, way) / np.maximum(_dot(way, way), 1e-3), 0, 1)
+    return np.clip(masks.dot(pixels - ground, way) / np.maximum(masks.dot(way, way), 1e-3), 0, 1)
 
 
 def _highlight(pixels: np.ndarray, rgb: np.ndarray) -> np.ndarray:
     """How far a glossy object's highlight has moved each pixel from its colour towards white, 0 to 0.8."""
     way = 1 - rgb
-    return np.clip(_dot(pixels - rgb, way) / np.maximum(_dot(way, way), 1e-2), 0, 0.8)
+    return np.clip(masks.dot(pixels - rgb, way) / np.maximum(masks.dot(way, way), 1e-2), 0, 0.8)
 
 
 def _highlight_gap(pixels: np.ndarray, rgb: np.ndarray) -> np.ndarray:
     """Distance from the nearest of a colour's highlights."""
-    return _norm(pixels - rgb - _highlight(pixels, rgb)[..., None] * (1 - rgb))
+    return masks.norm(pixels - rgb - _highlight(pixels, rgb)[..., None] * (1 - rgb))
 
 
 def _paint_gap(pixels: np.ndarray, rgb: np.ndarray) -> np.ndarray:
     """Distance from a colour or, at a charge, from its highlights; without it, white would be a highlight on pink."""
-    return np.minimum(_norm(pixels - rgb), _highlight_gap(pixels, rgb) + 0.1)
+    return np.minimum(masks.norm(pixels - rgb), _highlight_gap(pixels, rgb) + 0.1)
 
 
 def cut(piece: Piece) -> tuple[Piece, Piece]:
@@ -481,7 +475,7 @@ def _fit(x, y, radius, shape, cover, clear, lit, at) -> tuple[float, float, floa
     The cover is 1/2 - d / edge, kept between 0 and 1, with d = radius * table((pixel - centre) / radius).
     """
     template, start = _template(shape), radius
-    stride = max(int(radius / 8), 1)  # large objects have pixels to spare
+    stride = min(max(int(radius / 8), 1), 2)  # large objects have pixels to spare; a wider one steps over a square's side
     rows, columns = coarse = tuple(axis[::stride] for axis in at)
     sharp = np.clip(cover * 2 - 0.5, 0, 1)  # as before a slight blur
     for edge in (4, 3, 2, 2):  # pixels; wide at first, to be drawn in from afar
@@ -498,167 +492,11 @@ def _fit(x, y, radius, shape, cover, clear, lit, at) -> tuple[float, float, floa
         x, y, radius = np.array((x, y, radius)) + np.clip(step, -4, 4)
         radius = max(radius, start / 2)
     drawn, counts = _draw(shape, x, y, radius, at), clear & ~(lit & (_shine(x, y, radius, at) > 0.3))
-    soft = _mean(_mean(drawn))
-    looks = (sharp, drawn), (cover, drawn), (cover, soft), (cover, _mean(_mean(soft)))  # blurred by up to 1.6 pixels
+    soft = masks.mean(masks.mean(drawn))
+    looks = (sharp, drawn), (cover, drawn), (cover, soft), (cover, masks.mean(masks.mean(soft)))  # blurred by up to 1.6
     return max(_overlap(*look, counts) for look in looks), float(x), float(y), float(radius), shape
 
 
 def _overlap(a: np.ndarray, b: np.ndarray, clear: np.ndarray) -> float:
     """Intersection over union of two soft masks."""
     return float((np.minimum(a, b) * clear).sum() / ((np.maximum(a, b) * clear).sum() + 1e-6))
-
-
-# --- masks ---
-
-def _dot(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Over the last axis, which three colours share; einsum is several times quicker there than multiply and sum."""
-    return np.einsum("...c,...c->...", a, b)
-
-
-def _norm(x: np.ndarray) -> np.ndarray:
-    return np.sqrt(_dot(x, x))
-
-
-def _mean(image: np.ndarray) -> np.ndarray:
-    """3 x 3 mean over the first two axes."""
-    rows = image.copy()
-    rows[1:] += image[:-1]
-    rows[:-1] += image[1:]
-    rows[[0, -1]] += image[[0, -1]]
-    both = rows.copy()
-    both[:, 1:] += rows[:, :-1]
-    both[:, :-1] += rows[:, 1:]
-    both[:, [0, -1]] += rows[:, [0, -1]]
-    return both / 9
-
-
-def _dilate(mask: np.ndarray, times: int = 1) -> np.ndarray:
-    """By a square of 2 * times + 1; np.pad would take most of the time."""
-    for _ in range(times):
-        rows = mask.copy()
-        rows[1:] |= mask[:-1]
-        rows[:-1] |= mask[1:]
-        mask = rows.copy()
-        mask[:, 1:] |= rows[:, :-1]
-        mask[:, :-1] |= rows[:, 1:]
-    return mask
-
-
-def _erode(mask: np.ndarray) -> np.ndarray:
-    """By 3 x 3; the picture's edge does not eat."""
-    return ~_dilate(~mask)
-
-
-def components(mask: np.ndarray) -> list[np.ndarray]:
-    """The 4-connected pieces of a mask, each a mask: runs of each row, joined where they touch the row above."""
-    edges = np.diff(np.pad(mask, ((0, 0), (1, 1))).astype(np.int8), axis=1)
-    rows, starts = np.nonzero(edges == 1)
-    runs = list(zip(rows.tolist(), starts.tolist(), np.nonzero(edges == -1)[1].tolist(), strict=True))
-    parent = list(range(len(runs)))
-
-    def root(i):
-        while parent[i] != i:
-            parent[i] = i = parent[parent[i]]
-        return i
-
-    above = 0  # the first run that may touch the current one from the row above
-    for i, (row, start, end) in enumerate(runs):
-        while runs[above][0] < row - 1 or (runs[above][0] == row - 1 and runs[above][2] <= start):
-            above += 1
-        j = above
-        while runs[j][0] == row - 1 and runs[j][1] < end:
-            parent[root(j)] = root(i)
-            j += 1
-    pieces = {}
-    for i, (row, start, end) in enumerate(runs):
-        pieces.setdefault(root(i), np.zeros_like(mask))[row, start:end] = True
-    return list(pieces.values())
-
-
-# --- the referee refereed ---
-
-def degrade(pixels: np.ndarray, rng: np.random.Generator, blur: float = 1.0, noise: float = 4.0, shift: float = 8.0):
-    """What an autoencoder and a sampler may do to a right picture; blur in pixels, noise and tint in grey levels."""
-    taps = np.exp(-np.arange(-4, 5) ** 2 / (2 * blur**2))
-    image = np.pad(pixels.astype(np.float64), ((4, 4), (4, 4), (0, 0)), "edge")
-    for axis in (0, 1):
-        image = np.apply_along_axis(np.convolve, axis, image, taps / taps.sum(), "valid")
-    image = image + rng.normal(0, noise, image.shape) + rng.uniform(-shift, shift, 3)
-    return np.round(np.clip(image, 0, 255)).astype(np.uint8)
-
-
-def twist(scene: Scene, name: str, rng: np.random.Generator) -> Scene:
-    """A scene that differs in one attribute (background, shape, colour, place, relation): no picture shows both.
-
-    Where both objects are alike, "left of" is shown by a picture of "right of" too.
-    """
-    def other(names, *but):
-        return str(rng.choice([each for each in names if each not in but]))
-
-    if name == "background":
-        return replace(scene, background=other(COLOURS, scene.background))
-    if name == "relation":
-        x, y = RELATIONS[scene.relation]
-        alike = len({(thing.shape, thing.colour) for thing in scene.things}) == 1
-        mirrored = [word for word, step in RELATIONS.items() if alike and step == (-x, -y)]
-        return replace(scene, relation=other(RELATIONS, scene.relation, *mirrored))
-    things, i = list(scene.things), int(rng.integers(len(scene.things)))
-    names = {"shape": SHAPES, "colour": COLOURS, "place": PLACES}[name]
-    things[i] = replace(things[i], **{name: other(names, getattr(things[i], name))})
-    return replace(scene, things=tuple(things))
-
-
-def measure(pictures: int, things: int, degraded: bool, bar: tqdm) -> tuple[Counter, Counter, Counter]:
-    """Held-out scenes against captions that say everything: times judged, and judged right, per attribute or "right";
-    and times that a caption with one attribute changed was found right all the same."""
-    rng = np.random.default_rng((pictures, things, degraded))
-    judged, held, fooled = Counter(), Counter(), Counter()
-    for _ in range(pictures):
-        scene = sample_scene(rng, held_out=True, things=things)
-        asked = sample_caption(scene, rng, full=True).asked
-        pixels = degrade(render(scene)[0], rng) if degraded else render(scene)[0]
-        verdict = judge(pixels, asked)
-        results = [(name.split()[0], each) for name, each in verdict.held.items()] + [("right", verdict.right)]
-        judged.update(name for name, _ in results)
-        held.update(name for name, each in results if each)
-        for name in ("background", "shape", "colour", "place" if things == 1 else "relation"):
-            fooled[name] += compare(verdict.seen, twist(asked, name, rng)).right
-        bar.update()
-    return judged, held, fooled
-
-
-def nonsense(rng: np.random.Generator) -> dict[str, tuple[np.ndarray, Scene]]:
-    """Pictures that are never right, each with what is asked of it."""
-    scene, two = sample_scene(rng, things=1), sample_scene(rng, things=2)
-    blank = np.broadcast_to(np.array(COLOURS[scene.background], np.uint8), (128, 128, 3))
-    first_only = replace(two, things=(replace(two.things[0], size=""),), relation="")
-    return {"noise": (rng.integers(0, 256, (128, 128, 3), np.uint8), scene), "blank": (blank, scene),
-            "two objects for one": (render(two)[0], first_only)}
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m flux.demo.referee", description="Measure the referee itself.")
-    parser.add_argument("--pictures", type=int, default=1000, metavar="N", help="how many in all (default: 1000)")
-    pictures = max(parser.parse_args().pictures // 4, 1)
-    lines, began = [], time.process_time()
-    with tqdm(total=4 * pictures, desc="refereeing", unit="picture", disable=None) as bar:
-        for things, degraded in product((1, 2), (False, True)):
-            title = f"{('one object', 'two objects')[things - 1]}, {'degraded' if degraded else 'clean'}"
-            judged, held, fooled = measure(pictures, things, degraded, bar)
-            lines.append((title, {name: f"{100 * held[name] / judged[name]:.1f}" for name in judged},
-                          {name: f"{100 * fooled[name] / pictures:.1f}" for name in fooled}))
-    wrong = [{name: judge(*each).right for name, each in nonsense(np.random.default_rng(seed)).items()}
-             for seed in range(100)]
-    columns = ("right", "objects", "background", "shape", "colour", "place", "relation", "size", "light", "finish")
-    print(f"{4 * pictures} pictures of held-out scenes; degraded: blur of 1 pixel, noise of 4, tint of up to 8 in 255")
-    for heading, names, i in (("found right, % (the pictures show what is asked)", columns, 1),
-                              ("found right, % (the named attribute is not as asked)", columns[2:7], 2)):
-        print(f"\n{heading}\n{'':22}" + "".join(f"{name:>11}" for name in names))
-        for line in lines:
-            print(f"{line[0]:22}" + "".join(f"{line[i].get(name, '-'):>11}" for name in names))
-    print("\nfound right of 100:", ", ".join(f"{name} {sum(each[name] for each in wrong)}" for name in wrong[0]))
-    print(f"{(time.process_time() - began) / 4 / pictures * 1000:.0f} ms of one core a picture, drawing included")
-
-
-if __name__ == "__main__":
-    main()

@@ -208,11 +208,8 @@ def render(scene: Scene, size: int = 128) -> tuple[np.ndarray, np.ndarray]:
     if scene.finish == "gradient background":
         image *= (1.12 - 0.5 * y)[..., None]
     rng = np.random.default_rng(scene.seed)
-    distances, masks = [], []
-    for thing in scene.things:
-        d = distance(thing.shape, (x - thing.x) / thing.radius, (y - thing.y) / thing.radius) * thing.radius * size
-        distances.append(d)  # pixels
-        masks.append(np.clip(0.5 - d, 0, 1))
+    distances = [_distance_in_pixels(thing, x, y, size) for thing in scene.things]
+    masks = [np.clip(0.5 - d, 0, 1) for d in distances]
     if scene.finish == "soft shadow":
         for thing in scene.things:
             u, v = x - thing.x - 0.2 * thing.radius, y - thing.y - 0.26 * thing.radius
@@ -232,6 +229,17 @@ def render(scene: Scene, size: int = 128) -> tuple[np.ndarray, np.ndarray]:
     elif scene.light == "bright":
         image = 1 - (1 - image) * 0.68
     return np.round(np.clip(image, 0, 1) * 255).astype(np.uint8), np.stack(masks).astype(np.float32)
+
+
+def render_masks(scene: Scene, size: int = 128) -> np.ndarray:
+    """The masks of `render` alone, (objects, size, size) in [0, 1], for a tenth of its time."""
+    y, x = (np.mgrid[:size, :size].astype(np.float32) + 0.5) / size
+    return np.stack([np.clip(0.5 - _distance_in_pixels(thing, x, y, size), 0, 1) for thing in scene.things])
+
+
+def _distance_in_pixels(thing, x, y, size):
+    """x, y in shares of the picture's edge."""
+    return distance(thing.shape, (x - thing.x) / thing.radius, (y - thing.y) / thing.radius) * thing.radius * size
 
 
 def boxes(masks: np.ndarray) -> list[tuple[float, float, float, float]]:

@@ -229,12 +229,15 @@ def half(state: dict[str, Tensor]) -> dict[str, Tensor]:
 class TrainFlow(Training):
     """The transformer and its T5 encoder together, on latents of scenes that get a fresh caption at every visit."""
 
-    steps: int = 20_000
+    steps: int = 12_500
+    optimiser: Literal["adamw", "muon"] = "muon"
     lr: float = 1e-3
     batch: int = 24
-    warmup: int = 300
+    warmup: int = 100
     schedule: Literal["constant", "cosine"] = "cosine"
     ema: float = 0.999
+    dtype: Literal["fp32", "bf16"] = "bf16"
+    reading: float = 0.1        # weight of telling shape and colour under each token: teaches to read before drawing
     scenes: int = 24_000        # pictures whose latents are made once; their captions vary at every visit
     drop: float = 0.1           # share of captions left empty: what guidance compares with
     warm: bool = False          # begin with the shipped transformer and T5 instead of from nothing
@@ -252,12 +255,17 @@ class FlowTask:
         self.clip = weights.load_clip(found, DEMO.clip, torch.float32)
         self.autoencoder = weights.load_autoencoder(found, DEMO.autoencoder, torch.float32)
         torch.manual_seed(draws.seed_of(settings.seed, "flow"))
-        self.model = nn.ModuleDict({"flux": Flux(DEMO.flux), "t5": T5Encoder(DEMO.t5)})
+        width, words = DEMO.flux.hidden_size, len(world.SHAPES) + len(world.COLOURS)
+        reader = nn.Sequential(nn.LayerNorm(width), nn.Linear(width, width), nn.SiLU(), nn.Linear(width, words))
+        self.model = nn.ModuleDict({"flux": Flux(DEMO.flux), "t5": T5Encoder(DEMO.t5), "reader": reader})
         begin_as_identity(self.model["flux"])
         if settings.warm:
             self.model["flux"].load_state_dict(weights.load_flux(found, DEMO.flux, torch.float32).state_dict())
             self.model["t5"].load_state_dict(weights.load_t5(found, DEMO.t5, torch.float32).state_dict())
         self.scenes = [world.sample_scene(draws.rng(settings.seed, "scene", i)) for i in range(settings.scenes)]
+        self.there = torch.stack([what_is_where(scene) for scene in self.scenes])
+        self.hidden: Tensor | None = None  # (B, 64, D), image tokens half-way through the transformer
+        self.model["flux"].single_blocks[1].register_forward_hook(self.keep_hidden)
         self.tokens = self.packed_latents(settings.out / "demo-flow" / "latents.safetensors")
         self.mu = flow.mu(self.tokens.shape[1])
 
@@ -296,11 +304,32 @@ class FlowTask:
         generator = draws.generator(self.settings.seed, "noise", step, micro)
         x0 = self.tokens[torch.from_numpy(rows)]
         eps = torch.randn(x0.shape, generator=generator)
-        return x0, eps, flow.draw_t(len(x0), generator, mean=self.mu), captions
+        return x0, eps, flow.draw_t(len(x0), generator, mean=self.mu), captions, self.there[rows].long()
 
     def loss(self, batch) -> Tensor:
-        x0, eps, t, captions = batch
-        return flow.loss(conditioning.velocity(self.model["flux"], self.condition(captions)), x0, eps, t).mean()
+        """The flow's, and a second that only the object's tokens have: which shape and colour lies under each.
+
+        Drawing rewards reading late, because words for shapes explain so little of a picture's squared error; an aligned
+        half-way layer learns them at once (as arXiv 2410.06940, with the renderer's truth for the encoder's features).
+        """
+        x0, eps, t, captions, there = batch
+        drawing = flow.loss(conditioning.velocity(self.model["flux"], self.condition(captions)), x0, eps, t).mean()
+        covered = there[..., 0] >= 0
+        shape, colour = self.model["reader"](self.hidden[covered]).float().split((len(world.SHAPES), len(world.COLOURS)), -1)
+        said = there[covered]
+        return drawing + self.settings.reading * (F.cross_entropy(shape, said[:, 0]) + F.cross_entropy(colour, said[:, 1]))
+
+    def keep_hidden(self, block, inputs, out: Tensor) -> None:
+        self.hidden = out[:, -self.tokens.shape[1]:]
+
+    def what_is_where(self, scene: world.Scene) -> Tensor:
+        """(64, 2) indices of the shape and colour that covers a token, -1 where none covers a twelfth of it."""
+        edge = DEMO.width // 16
+        covered = world.render_masks(scene).reshape(-1, edge, 16, edge, 16).mean((2, 4)).reshape(-1, edge * edge)
+        there = np.full((edge * edge, 2), -1)
+        for thing, share in zip(scene.things, covered, strict=True):
+            there[share > 1 / 12] = world.SHAPES.index(thing.shape), list(world.COLOURS).index(thing.colour)
+        return torch.from_numpy(there)
 
     def preview(self) -> Image.Image:
         return preview(self.model["flux"], self.autoencoder, self.condition, 1.0)
@@ -309,6 +338,16 @@ class FlowTask:
         about = {"config": str(self.settings)}
         checkpoint.save(WEIGHTS / "flux.safetensors", half(self.model["flux"].state_dict()), about)
         checkpoint.save(WEIGHTS / "t5.safetensors", half(self.model["t5"].state_dict()), about)
+
+
+def what_is_where(scene: world.Scene) -> Tensor:
+    """(64, 2) indices of the shape and the colour under a token, -1 where no object covers a twelfth of it; int8."""
+    edge = DEMO.width // 16
+    covered = world.render_masks(scene).reshape(-1, edge, 16, edge, 16).mean((2, 4)).reshape(-1, edge * edge)
+    there = np.full((edge * edge, 2), -1, np.int8)
+    for thing, share in zip(scene.things, covered, strict=True):
+        there[share > 1 / 12] = world.SHAPES.index(thing.shape), list(world.COLOURS).index(thing.colour)
+    return torch.from_numpy(there)
 
 
 def begin_as_identity(model: Flux) -> None:
@@ -343,11 +382,12 @@ def preview(model: Flux, autoencoder: AutoEncoder, condition, guidance: float, c
 class TrainGuidance(Training):
     """Classifier-free guidance distilled into the guidance embedding (arXiv 2210.03142, section 3.1), as in dev."""
 
-    steps: int = 1500
+    steps: int = 1000
     lr: float = 3e-4
     batch: int = 24
     schedule: Literal["constant", "cosine"] = "cosine"
     ema: float = 0.995
+    dtype: Literal["fp32", "bf16"] = "bf16"
     scenes: int = 24_000        # as in the flow stage, whose latents are used
     strongest: float = 5.0      # guidance is drawn from 1 to this
 
@@ -364,13 +404,14 @@ class GuidanceTask(FlowTask):
         self.strongest, self.about = settings.strongest, str(settings)
         self.teacher = weights.load_flux(weights.find(DEMO), DEMO.flux, torch.float32)
         self.model["t5"].requires_grad_(False)
+        del self.model["reader"]
 
     def batch(self, step: int, micro: int):
         share = torch.rand(self.settings.batch, generator=draws.generator(self.settings.seed, "guidance", step, micro))
         return *super().batch(step, micro), 1 + (self.strongest - 1) * share
 
     def loss(self, batch) -> Tensor:
-        x0, eps, t, captions, guidance = batch
+        x0, eps, t, captions, _, guidance = batch
         x = flow.interpolate(x0, eps, t)
         with torch.no_grad():
             cond, empty = self.condition(captions), self.condition([""] * len(captions))
