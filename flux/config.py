@@ -161,7 +161,7 @@ DEMO = Preset(
     t5=T5Config(vocab_size=256, d_model=96, d_kv=16, d_ff=256, num_layers=2, num_heads=6),
     siglip=SiglipConfig(hidden_size=96, intermediate_size=256, num_hidden_layers=3, num_attention_heads=3,
                         image_size=128, patch_size=16),
-    t5_length=24, width=128, height=128, steps=20, guidance=3.0,
+    t5_length=24, width=128, height=128, steps=20, guidance=2.0,
 )
 PRESETS = {preset.name: preset for preset in (DEMO, DEV, KREA, SCHNELL)}
 

@@ -389,7 +389,7 @@ class TrainGuidance(Training):
     ema: float = 0.995
     dtype: Literal["fp32", "bf16"] = "bf16"
     scenes: int = 24_000        # as in the flow stage, whose latents are used
-    strongest: float = 5.0      # guidance is drawn from 1 to this
+    strongest: float = 4.0      # guidance is drawn from 1 to this
 
     def task(self):
         return GuidanceTask(self)
