@@ -5,7 +5,8 @@ average, the checkpoints and what one looks at (metrics.jsonl, loss.png, samples
 
     trainable() -> nn.Module        whose parameters that require grad are trained
     batch(step, micro) -> object    drawn from (seed, step, micro) alone, so that a resumed run sees the same data
-    loss(batch) -> Tensor           a scalar
+    loss(batch) -> Tensor           (B,), one per sample, or a scalar
+    names(step, micro) -> list[str] of the samples in that batch, for messages; optional
     preview() -> PIL.Image | None   made with the averaged weights
     save(folder) -> None            the trained weights, averaged, in the form that the sampler loads
 
@@ -32,7 +33,7 @@ from tqdm import tqdm  # noqa: E402
 
 from flux import optimiser as optimisers  # noqa: E402
 from flux import pictures, resume  # noqa: E402
-from flux.errors import UserError  # noqa: E402
+from flux.guards import Guard  # noqa: E402
 
 
 def learning_rate(step: int, settings) -> float:
@@ -103,7 +104,8 @@ def train(task, settings, run: Path) -> None:
     kernels = sdpa_kernel(SDPBackend.MATH) if settings.dtype == "bf16" and device == "cpu" else nullcontext()
     run.mkdir(parents=True, exist_ok=True)
     metrics = resume.open_metrics(run / "metrics.jsonl", step)
-    losses = [json.loads(line)["loss"] for line in metrics.read_text().splitlines()]
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    history, guard = [row["loss"] for row in rows], Guard(task, settings, parameters, run, rows)
     bar = tqdm(total=settings.steps, initial=step, desc=run.name, disable=None if sys.stderr.isatty() else True)
     model.train()
     if step == 0:
@@ -119,33 +121,38 @@ def train(task, settings, run: Path) -> None:
                     if stopped:
                         raise KeyboardInterrupt
                     with autocast:
-                        loss = task.loss(task.batch(step, micro)) / settings.accumulate
+                        losses = task.loss(task.batch(step, micro))
+                    guard.loss(step, micro, losses)
+                    loss = losses.mean() / settings.accumulate
                     loss.backward()
                     total += loss.item()
-                norm = nn.utils.clip_grad_norm_(parameters.values(), settings.clip or math.inf).item()
-                if not math.isfinite(total) or not math.isfinite(norm):
-                    raise UserError(f"step {step}: loss {total}, gradient norm {norm}; expected finite numbers; lower --lr "
-                                    f"(now {settings.lr}) and start again from the last checkpoint in {run}")
+                norm = nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
+                guard.gradients(step, norm.item())
+                nn.utils.clip_grads_with_norm_(parameters.values(), settings.clip or math.inf, norm)
                 optimiser.step()
                 optimiser.zero_grad(set_to_none=True)
                 ema.update(step)
                 step += 1
-                losses.append(total)
+                history.append(total)
                 row = {"step": step, "loss": round(total, 6), "lr": optimiser.param_groups[0]["lr"],
-                       "grad_norm": round(norm, 4), "seconds": round(time.perf_counter() - started, 4)}
+                       "grad_norm": round(norm.item(), 4), "seconds": round(time.perf_counter() - started, 4)}
+                row |= guard.unusual(row)
                 with metrics.open("a") as file:
                     file.write(json.dumps(row) + "\n")
                 bar.update()
                 if step % settings.log_every == 0:
-                    bar.set_postfix(loss=f"{sum(losses[-100:]) / len(losses[-100:]):.4f}")
+                    smooth = f"{sum(history[-100:]) / len(history[-100:]):.4f}"
+                    bar.set_postfix(loss=smooth)
                     if not sys.stderr.isatty():
-                        print(f"{run.name} step {step}/{settings.steps} loss {sum(losses[-100:]) / len(losses[-100:]):.4f} "
-                              f"{row['seconds']:.2f} s/step", flush=True)
+                        print(f"{run.name} step {step}/{settings.steps} loss {smooth} {row['seconds']:.2f} s/step",
+                              flush=True)
                 if (settings.sample_every and step % settings.sample_every == 0) or step == settings.steps:
-                    look(task, ema, model, run, step, losses)
+                    look(task, ema, model, run, step, history)
                 if step % settings.save_every == 0 or step == settings.steps:
+                    guard.state(step, ema.average, optimiser)
                     resume.save(run, step, parameters, optimiser, ema.average, keep=settings.keep)
         except KeyboardInterrupt:
+            guard.state(step, ema.average, optimiser)
             resume.save(run, step, parameters, optimiser, ema.average, keep=settings.keep)
             print(f"\nstopped at step {step} and saved; the same command goes on from there", file=sys.stderr)
             raise

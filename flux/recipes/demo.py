@@ -297,14 +297,21 @@ class FlowTask:
         return conditioning.condition(txt, vec, DEMO.width, DEMO.height, 1.0)
 
     def batch(self, step: int, micro: int):
-        rng = draws.rng(self.settings.seed, "flow", step, micro)
-        rows = rng.integers(0, len(self.scenes), self.settings.batch)
+        rows, rng = self.draw(step, micro)
         captions = [world.sample_caption(self.scenes[i], rng).text for i in rows]
         captions = [caption if rng.random() >= self.settings.drop else "" for caption in captions]
         generator = draws.generator(self.settings.seed, "noise", step, micro)
         x0 = self.tokens[torch.from_numpy(rows)]
         eps = torch.randn(x0.shape, generator=generator)
         return x0, eps, flow.draw_t(len(x0), generator, mean=self.mu), captions, self.there[rows].long()
+
+    def draw(self, step: int, micro: int) -> tuple[np.ndarray, np.random.Generator]:
+        """The scenes of a batch, and the generator for what else is drawn on its side."""
+        rng = draws.rng(self.settings.seed, "flow", step, micro)
+        return rng.integers(0, len(self.scenes), self.settings.batch), rng
+
+    def names(self, step: int, micro: int) -> list[str]:
+        return [f"scene {i} ({world.write_caption(self.scenes[i])})" for i in self.draw(step, micro)[0]]
 
     def loss(self, batch) -> Tensor:
         """The flow's, and a second that only the object's tokens have: which shape and colour lies under each.
@@ -313,7 +320,7 @@ class FlowTask:
         half-way layer learns them at once (as arXiv 2410.06940, with the renderer's truth for the encoder's features).
         """
         x0, eps, t, captions, there = batch
-        drawing = flow.loss(conditioning.velocity(self.model["flux"], self.condition(captions)), x0, eps, t).mean()
+        drawing = flow.loss(conditioning.velocity(self.model["flux"], self.condition(captions)), x0, eps, t)
         covered = there[..., 0] >= 0
         shape, colour = self.model["reader"](self.hidden[covered]).float().split((len(world.SHAPES), len(world.COLOURS)), -1)
         said = there[covered]
@@ -417,7 +424,7 @@ class GuidanceTask(FlowTask):
             cond, empty = self.condition(captions), self.condition([""] * len(captions))
             plain, free = (conditioning.velocity(self.teacher, c)(x, t) for c in (cond, empty))
         v = self.model["flux"](x, cond.img_ids, cond.txt, cond.txt_ids, cond.vec, t, guidance)
-        return (v - free - guidance[:, None, None] * (plain - free)).square().mean()
+        return (v - free - guidance[:, None, None] * (plain - free)).square().mean((1, 2))
 
     def preview(self) -> Image.Image:
         return preview(self.model["flux"], self.autoencoder, self.condition, DEMO.guidance)

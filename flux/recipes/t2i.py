@@ -6,6 +6,7 @@ Training takes the same road with `flow.loss` in place of Euler.
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from flux import checkpoint, conditioning, data, device, draws, flow, latents, pictures, weights
+from flux.cache import Cache, content, source
 from flux.config import preset
 from flux.demo import scene
 from flux.errors import UserError
@@ -99,6 +101,7 @@ class FineTune(Training):
     edge: int | None = None  # pixels: pictures go into buckets of about edge x edge; default: the model's own size
     guidance: float = 1.0  # distilled guidance the transformer is told; 1 is the plain conditional velocity
     drop: float = 0.1  # share of captions left empty
+    cache: bool = True  # keep latents and text features in the folder cache/ of --out; runs share them
     lr: float = 1e-5  # learning rate of AdamW after warmup
 
     def task(self):
@@ -120,33 +123,56 @@ class FineTuneTask:
         self.encoders = conditioning.TextEncoders(found, self.preset, frozen, self.place)
         self.autoencoder = weights.load_autoencoder(found, self.preset.autoencoder, torch.float32, self.place)
         self.model = weights.load_flux(found, self.preset.flux, torch.float32, self.place).requires_grad_(True)
+        self.cache = Cache(settings.out / "cache" if settings.cache else None)
+        made_by = {part: source(found[part].path) for part in ("ae", "clip", "t5", "tokenizer", "tokenizer_2")}
+        self.latents_from = "latents", self.place.type, made_by.pop("ae")
+        self.features_from = "features", self.place.type, str(frozen), self.preset.t5_length, *made_by.values()
 
     def trainable(self) -> nn.Module:
         return self.model
 
     def batch(self, step: int, micro: int):
-        index = step * self.settings.accumulate + micro
-        items = next(data.batches(self.items, self.settings.batch, self.settings.seed, index))
+        items = self.draw(step, micro)
         rng = draws.rng(self.settings.seed, "caption", step, micro)
         captions = [item.caption if rng.random() >= self.settings.drop else "" for item in items]
         generator = draws.generator(self.settings.seed, "noise", step, micro)
-        image = data.images(items)
-        with torch.no_grad():
-            x0 = latents.pack(self.autoencoder.encode(image.to(self.place)))
+        x0 = latents.pack(torch.cat([self.latent(item) for item in items])).to(self.place)
         eps = torch.randn(x0.shape, generator=generator).to(self.place)
         t = flow.draw_t(len(x0), generator, mean=flow.mu(x0.shape[1])).to(self.place)
-        txt, vec = (feature.clone().float() for feature in self.encoders(captions))
-        return x0, eps, t, conditioning.condition(txt, vec, image.shape[3], image.shape[2], self.settings.guidance)
+        txt, vec = self.features(captions)
+        return x0, eps, t, conditioning.condition(txt, vec, *items[0].size, self.settings.guidance)
+
+    @torch.no_grad()
+    def latent(self, item: data.Item) -> Tensor:
+        """(1, 16, h, w), each picture alone, so that it does not depend on its neighbours in a batch."""
+        return self.cache.get((*self.latents_from, item.size, content(item.path)), lambda: {
+            "latent": self.autoencoder.encode(data.images([item]).to(self.place)).cpu()})["latent"]
+
+    def features(self, captions: list[str]) -> tuple[Tensor, Tensor]:
+        """txt (B, L_txt, 4096), vec (B, 768), float32, each caption alone."""
+        rows = [self.cache.get((*self.features_from, caption), partial(self.encode, caption)) for caption in captions]
+        return tuple(torch.cat([row[name] for row in rows]).to(self.place).float() for name in ("txt", "vec"))
+
+    def encode(self, caption: str) -> dict[str, Tensor]:
+        txt, vec = self.encoders([caption])
+        return {"txt": txt.cpu(), "vec": vec.cpu()}
+
+    def draw(self, step: int, micro: int) -> list[data.Item]:
+        index = step * self.settings.accumulate + micro
+        return next(data.batches(self.items, self.settings.batch, self.settings.seed, index))
+
+    def names(self, step: int, micro: int) -> list[str]:
+        return [str(item.path) for item in self.draw(step, micro)]
 
     def loss(self, batch) -> Tensor:
         x0, eps, t, cond = batch
-        return flow.loss(conditioning.velocity(self.model, cond), x0, eps, t).mean()
+        return flow.loss(conditioning.velocity(self.model, cond), x0, eps, t)
 
     def preview(self) -> Image.Image:
         """The first four captions, from fixed seeds."""
         captions = [item.caption for item in self.items[:4]]
         width, height = self.preset.width, self.preset.height
-        txt, vec = (feature.float() for feature in self.encoders(captions))
+        txt, vec = self.features(captions)
         noise = [latents.noise(1, height, width, draws.generator("preview", i)) for i in range(len(captions))]
         img = latents.pack(torch.cat(noise).to(self.place))
         cond = conditioning.condition(txt, vec, width, height, self.preset.guidance)
