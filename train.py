@@ -32,7 +32,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 from tqdm import tqdm  # noqa: E402
 
 from flux import optimiser as optimisers  # noqa: E402
-from flux import pictures, resume  # noqa: E402
+from flux import parallel, pictures, resume  # noqa: E402
 from flux.guards import Guard  # noqa: E402
 
 
@@ -87,29 +87,65 @@ def signals_kept():
             signal.signal(number, handler)
 
 
+class Log:
+    """What a run tells while it goes on: a row of metrics.jsonl per step, the bar or lines of text. Silent for followers."""
+
+    def __init__(self, run: Path, settings, step: int, leads: bool):
+        self.run, self.settings, self.leads = run, settings, leads
+        self.metrics = run / "metrics.jsonl"
+        rows = self.metrics.read_text().splitlines() if self.metrics.exists() else []
+        self.rows = [json.loads(row) for row in rows[:step]]
+        self.losses = [row["loss"] for row in self.rows]
+        silent = not leads or (None if sys.stderr.isatty() else True)
+        self.bar = tqdm(total=settings.steps, initial=step, desc=run.name, disable=silent)
+
+    def __call__(self, row: dict) -> None:
+        self.losses.append(row["loss"])
+        if not self.leads:
+            return
+        with self.metrics.open("a") as file:
+            file.write(json.dumps(row) + "\n")
+        self.bar.update()
+        if row["step"] % self.settings.log_every == 0:
+            smooth = f"{sum(self.losses[-100:]) / len(self.losses[-100:]):.4f}"
+            self.bar.set_postfix(loss=smooth)
+            if not sys.stderr.isatty():
+                print(f"{self.run.name} step {row['step']}/{self.settings.steps} loss {smooth} {row['seconds']:.2f} s/step",
+                      flush=True)
+
+
 def train(task, settings, run: Path) -> None:
     """Run a task to its last step in the folder `run`, from its newest checkpoint if there is one."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
+    team = parallel.join()
+    share = team.share(settings.accumulate)
     model = task.trainable()
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimiser = optimisers.build(model, settings)
     owned = {id(p) for group in optimiser.param_groups for p in group["params"]}
     assert owned == {id(p) for p in model.parameters() if p.requires_grad}, "the optimiser owns what requires grad"
+    team.same(parameters.values())
     ema = Ema(parameters, settings.ema)
-    step = resume.load(run, settings.resume, parameters, optimiser, ema.average)
+    with team.one_by_one():
+        step = resume.load(run, settings.resume, parameters, optimiser, ema.average)
+        run.mkdir(parents=True, exist_ok=True)
+        resume.cut_metrics(run / "metrics.jsonl", step)
     device = next(iter(parameters.values())).device.type
     autocast = torch.autocast(device, torch.bfloat16) if settings.dtype == "bf16" else nullcontext()
     # on a CPU, flash attention's backward pass in bf16 takes five times as long as plain products
     kernels = sdpa_kernel(SDPBackend.MATH) if settings.dtype == "bf16" and device == "cpu" else nullcontext()
-    run.mkdir(parents=True, exist_ok=True)
-    metrics = resume.open_metrics(run / "metrics.jsonl", step)
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
-    history, guard = [row["loss"] for row in rows], Guard(task, settings, parameters, run, rows)
-    bar = tqdm(total=settings.steps, initial=step, desc=run.name, disable=None if sys.stderr.isatty() else True)
+    log = Log(run, settings, step, team.leads)
+    guard = Guard(task, settings, parameters, run, log.rows)
     model.train()
-    if step == 0:
+    if step == 0 and team.leads:
         print(f"{run}: {sum(p.numel() for p in parameters.values()):,} parameters to train", flush=True)
+
+    def save():
+        guard.state(step, ema.average, optimiser)
+        if team.leads:
+            resume.save(run, step, parameters, optimiser, ema.average, keep=settings.keep)
+
     with signals_kept() as stopped, kernels:
         try:
             while step < settings.steps:
@@ -117,15 +153,17 @@ def train(task, settings, run: Path) -> None:
                 for group in optimiser.param_groups:
                     group["lr"] = learning_rate(step, settings)
                 total = 0.0
-                for micro in range(settings.accumulate):
-                    if stopped:
-                        raise KeyboardInterrupt
-                    with autocast:
-                        losses = task.loss(task.batch(step, micro))
-                    guard.loss(step, micro, losses)
-                    loss = losses.mean() / settings.accumulate
-                    loss.backward()
-                    total += loss.item()
+                with team.together(device):
+                    for micro in share:
+                        if stopped:
+                            raise KeyboardInterrupt
+                        with autocast:
+                            losses = task.loss(task.batch(step, micro))
+                        guard.loss(step, micro, losses)
+                        loss = losses.mean() / settings.accumulate
+                        loss.backward()
+                        total += loss.item()
+                team.add_gradients(parameters.values())
                 norm = nn.utils.get_total_norm([p.grad for p in parameters.values() if p.grad is not None])
                 guard.gradients(step, norm.item())
                 nn.utils.clip_grads_with_norm_(parameters.values(), settings.clip or math.inf, norm)
@@ -133,34 +171,25 @@ def train(task, settings, run: Path) -> None:
                 optimiser.zero_grad(set_to_none=True)
                 ema.update(step)
                 step += 1
-                history.append(total)
-                row = {"step": step, "loss": round(total, 6), "lr": optimiser.param_groups[0]["lr"],
+                row = {"step": step, "loss": round(team.total(total, device), 6), "lr": optimiser.param_groups[0]["lr"],
                        "grad_norm": round(norm.item(), 4), "seconds": round(time.perf_counter() - started, 4)}
-                row |= guard.unusual(row)
-                with metrics.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-                bar.update()
-                if step % settings.log_every == 0:
-                    smooth = f"{sum(history[-100:]) / len(history[-100:]):.4f}"
-                    bar.set_postfix(loss=smooth)
-                    if not sys.stderr.isatty():
-                        print(f"{run.name} step {step}/{settings.steps} loss {smooth} {row['seconds']:.2f} s/step",
-                              flush=True)
-                if (settings.sample_every and step % settings.sample_every == 0) or step == settings.steps:
-                    look(task, ema, model, run, step, history)
+                log(row | guard.unusual(row))
+                if team.leads and ((settings.sample_every and step % settings.sample_every == 0) or step == settings.steps):
+                    look(task, ema, model, run, step, log.losses)
                 if step % settings.save_every == 0 or step == settings.steps:
-                    guard.state(step, ema.average, optimiser)
-                    resume.save(run, step, parameters, optimiser, ema.average, keep=settings.keep)
+                    save()
         except KeyboardInterrupt:
-            guard.state(step, ema.average, optimiser)
-            resume.save(run, step, parameters, optimiser, ema.average, keep=settings.keep)
-            print(f"\nstopped at step {step} and saved; the same command goes on from there", file=sys.stderr)
+            save()
+            if team.leads:
+                print(f"\nstopped at step {step} and saved; the same command goes on from there", file=sys.stderr)
             raise
         finally:
-            bar.close()
-    with ema.applied():
-        model.eval()
-        task.save(run)
+            log.bar.close()
+    if team.leads:
+        with ema.applied():
+            model.eval()
+            task.save(run)
+    team.wait()  # for what the leader wrote: the next stage reads it
 
 
 def look(task, ema: Ema, model: nn.Module, run: Path, step: int, losses: list[float]) -> None:
@@ -183,15 +212,20 @@ def look(task, ema: Ema, model: nn.Module, run: Path, step: int, losses: list[fl
 def main(argv: list[str]) -> None:
     """One stage; or those that a recipe without a named stage lists; or, where there is no loop, what its `run` does."""
     name, named, chosen = cli.training(argv)
+    team = parallel.join()
     for stage, settings in chosen.stages() if hasattr(chosen, "stages") else [(named, chosen)]:
-        print(f"# {name} {stage}\n{cli.to_toml(settings)}", flush=True)
+        if team.leads:
+            print(f"# {name} {stage}\n{cli.to_toml(settings)}", flush=True)
         if hasattr(settings, "run"):
-            settings.run()
+            if team.leads:
+                settings.run()
             continue
         run = settings.out / "-".join(filter(None, (name, stage)))
-        run.mkdir(parents=True, exist_ok=True)
-        cli.write_toml(run / "config.toml", settings, f"python train.py {name} {stage}")
+        if team.leads:
+            run.mkdir(parents=True, exist_ok=True)
+            cli.write_toml(run / "config.toml", settings, f"python train.py {name} {stage}")
         train(settings.task(), settings, run)
+    parallel.leave()
 
 
 if __name__ == "__main__":

@@ -130,9 +130,8 @@ def _whole(folder: Path) -> int:
     return step
 
 
-def open_metrics(path: Path, step: int) -> Path:
+def cut_metrics(path: Path, step: int) -> None:
     """metrics.jsonl cut back to the rows before `step`, since a killed run may have logged past its last checkpoint."""
     rows = path.read_text().splitlines() if path.exists() else []
     kept = [row for row in rows[:step] if row.startswith("{") and row.endswith("}")]
     _write(path, "".join(row + "\n" for row in kept))
-    return path

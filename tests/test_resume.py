@@ -211,10 +211,13 @@ def test_starting_anew_over_a_longer_run(tmp_path):
 def test_metrics_are_cut_back_to_the_checkpoint(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n{"step": 2}\n{"step": 3}\n{"ste')
-    assert resume.open_metrics(path, 2).read_text() == '{"step": 1}\n{"step": 2}\n'
+    resume.cut_metrics(path, 2)
+    assert path.read_text() == '{"step": 1}\n{"step": 2}\n'
     path.write_text('{"step": 1}\n{"ste')
-    assert resume.open_metrics(path, 2).read_text() == '{"step": 1}\n'
-    assert resume.open_metrics(tmp_path / "new.jsonl", 0).read_text() == ""
+    resume.cut_metrics(path, 2)
+    assert path.read_text() == '{"step": 1}\n'
+    resume.cut_metrics(tmp_path / "new.jsonl", 0)
+    assert (tmp_path / "new.jsonl").read_text() == ""
     assert sorted(os.listdir(tmp_path)) == ["metrics.jsonl", "new.jsonl"]
 
 

@@ -342,8 +342,10 @@ class FlowTask:
         return preview(self.model["flux"], self.autoencoder, self.condition, 1.0)
 
     def save(self, folder: Path) -> None:
+        """The transformer twice: the guidance stage, whose student replaces the shipped one, needs its teacher again."""
         about = {"config": str(self.settings)}
-        checkpoint.save(WEIGHTS / "flux.safetensors", half(self.model["flux"].state_dict()), about)
+        for place in (folder, WEIGHTS):
+            checkpoint.save(place / "flux.safetensors", half(self.model["flux"].state_dict()), about)
         checkpoint.save(WEIGHTS / "t5.safetensors", half(self.model["t5"].state_dict()), about)
 
 
@@ -389,14 +391,14 @@ def preview(model: Flux, autoencoder: AutoEncoder, condition, guidance: float, c
 class TrainGuidance(Training):
     """Classifier-free guidance distilled into the guidance embedding (arXiv 2210.03142, section 3.1), as in dev."""
 
-    steps: int = 1000
+    steps: int = 1600
     lr: float = 3e-4
     batch: int = 24
     schedule: Literal["constant", "cosine"] = "cosine"
     ema: float = 0.995
     dtype: Literal["fp32", "bf16"] = "bf16"
     scenes: int = 24_000        # as in the flow stage, whose latents are used
-    strongest: float = 4.0      # guidance is drawn from 1 to this
+    strongest: float = 3.0      # guidance is drawn from 1 to this
 
     def task(self):
         return GuidanceTask(self)
@@ -409,7 +411,10 @@ class GuidanceTask(FlowTask):
         super().__init__(TrainFlow(seed=settings.seed, scenes=settings.scenes, batch=settings.batch, drop=0.0,
                                    out=settings.out, warm=True))
         self.strongest, self.about = settings.strongest, str(settings)
-        self.teacher = weights.load_flux(weights.find(DEMO), DEMO.flux, torch.float32)
+        drawn = settings.out / "demo-flow" / "flux.safetensors"  # without it the shipped one, which may be a student itself
+        found = weights.find(DEMO, overrides={"flux": drawn} if drawn.exists() else None)
+        self.teacher = weights.load_flux(found, DEMO.flux, torch.float32)
+        self.model["flux"].load_state_dict(self.teacher.state_dict())
         self.model["t5"].requires_grad_(False)
         del self.model["reader"]
 
