@@ -54,7 +54,7 @@ class Training:
     warmup: int = 100  # optimizer steps in which lr rises from 0: Adam's first variance estimates are poor
     schedule: Literal["constant", "cosine"] = "constant"  # of lr after warmup; cosine falls to a hundredth at the end
     beta2: float = 0.99  # AdamW's memory of squared gradients; 0.99 follows short trainings better than 0.999
-    weight_decay: float = 0.0  # decoupled
+    weight_decay: float = 0.0  # share of each weight taken off per unit of lr, decoupled
     clip: float = 1.0  # largest gradient norm; 0 clips nothing
     ema: float = 0.0  # decay per step of the averaged weights that are saved; 0 keeps no average
     seed: int = 0  # of data order, noise and times; the same seed gives the same run

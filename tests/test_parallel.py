@@ -1,7 +1,7 @@
 """P14: two gloo processes equal one with accumulation; saved by two, resumed by one, and back."""
 
 import json
-import socket
+import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +16,6 @@ from flux.errors import UserError
 from flux.parallel import Team
 
 SETTINGS = replace(SETTINGS, steps=6, save_every=3)
-CONFIGURATIONS = ("whole", "begun by two", "begun by one", "muon", "spoiled", "interrupted")
 
 
 def settings(name: str, steps: int = 6):
@@ -41,11 +40,11 @@ class Blocks(Task):
         return (out - x[:, :2]).square().mean(1) * weight
 
 
-def work(rank: int, port: int, root: Path) -> None:
+def work(rank: int, root: Path) -> None:
     """One of two processes: everything that the tests look at, so that they are started once."""
     torch.set_num_threads(1)
-    import os
-    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2"}
+    torch.distributed.init_process_group("gloo", init_method=f"file://{root / 'rendezvous'}", rank=rank, world_size=2)
     train.train(Blocks(), settings("whole"), root / "whole")
     train.train(Blocks(), settings("muon"), root / "muon")
     train.train(Blocks(), settings("begun by two", 3), root / "begun by two")
@@ -70,10 +69,7 @@ def work(rank: int, port: int, root: Path) -> None:
 def runs(tmp_path_factory) -> Path:
     root = tmp_path_factory.mktemp("parallel")
     train.train(Blocks(), settings("begun by one", 3), root / "begun by one")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    processes.spawn(work, (port, root), nprocs=2)
+    processes.spawn(work, (root,), nprocs=2)
     train.train(Blocks(), settings("begun by two"), root / "begun by two")
     return root
 
