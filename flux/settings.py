@@ -47,7 +47,7 @@ class Training:
 
     data: Path | None = None  # folder with pictures and captions; without it the demo's renderer draws them
     steps: int = 1000  # optimizer steps
-    optimiser: Literal["adamw", "muon"] = "adamw"  # muon: fewer steps for a transformer trained from nothing
+    optimiser: Literal["adamw", "muon"] = "adamw"  # muon: orthogonal steps for the matrices inside blocks
     lr: float = 1e-4  # learning rate after warmup; a LoRA bears ten times more than a full model
     batch: int = 1  # samples per forward pass: as many as fit in memory
     accumulate: int = 1  # forward passes per optimizer step; batch * accumulate samples make one gradient
