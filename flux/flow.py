@@ -47,6 +47,15 @@ def draw_t(count: int, generator: torch.Generator, mean: float = 0.0, std: float
     return torch.sigmoid(mean + std * torch.randn(count, generator=generator))
 
 
+def draw_sampled_t(count: int, generator: torch.Generator, mu: float) -> Tensor:
+    """Times (count,) as densely as `schedule` with that mu visits them, one in each of `count` equal shares of the path.
+
+    A logit-normal draw almost never comes near t = 1, where a sampler spends its first steps and settles what goes where.
+    """
+    even = (torch.arange(count) + torch.rand(count, generator=generator)) / count
+    return torch.sigmoid(torch.logit(even, eps=1e-6) + mu)
+
+
 def euler_steps(velocity: Velocity, img: Tensor, times: list[float]) -> Iterator[Tensor]:
     """The state after each step; for progress, previews, and changes on the way."""
     for t, t_next in zip(times, times[1:], strict=False):

@@ -303,7 +303,7 @@ class FlowTask:
         generator = draws.generator(self.settings.seed, "noise", step, micro)
         x0 = self.tokens[torch.from_numpy(rows)]
         eps = torch.randn(x0.shape, generator=generator)
-        return x0, eps, flow.draw_t(len(x0), generator, mean=self.mu), captions, self.there[rows].long()
+        return x0, eps, flow.draw_sampled_t(len(x0), generator, self.mu), captions, self.there[rows].long()
 
     def draw(self, step: int, micro: int) -> tuple[np.ndarray, np.random.Generator]:
         """The scenes of a batch, and the generator for what else is drawn on its side."""
@@ -328,15 +328,6 @@ class FlowTask:
 
     def keep_hidden(self, block, inputs, out: Tensor) -> None:
         self.hidden = out[:, -self.tokens.shape[1]:]
-
-    def what_is_where(self, scene: world.Scene) -> Tensor:
-        """(64, 2) indices of the shape and colour that covers a token, -1 where none covers a twelfth of it."""
-        edge = DEMO.width // 16
-        covered = world.render_masks(scene).reshape(-1, edge, 16, edge, 16).mean((2, 4)).reshape(-1, edge * edge)
-        there = np.full((edge * edge, 2), -1)
-        for thing, share in zip(scene.things, covered, strict=True):
-            there[share > 1 / 12] = world.SHAPES.index(thing.shape), list(world.COLOURS).index(thing.colour)
-        return torch.from_numpy(there)
 
     def preview(self) -> Image.Image:
         return preview(self.model["flux"], self.autoencoder, self.condition, 1.0)
