@@ -27,6 +27,7 @@ from typing import BinaryIO
 import torch
 from torch import Tensor
 
+from flux import parallel
 from flux.errors import UserError
 
 HEADER_LIMIT = 4 * 2**20  # bytes; FLUX.1's is 90 kB, a LoRA with its tag statistics a few MB
@@ -347,17 +348,21 @@ def layout(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The same names, shapes and dtypes on the meta device; a lazy mapping knows them without making its tensors."""
     if hasattr(tensors, "layout"):
         return tensors.layout()
-    return {name: torch.empty_like(tensor, device="meta") for name, tensor in tensors.items()}
+    return {name: torch.empty(tensor.shape, dtype=tensor.dtype, device="meta") for name, tensor in tensors.items()}
 
 
 def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
     """Write one safetensors file, tensor by tensor and in their dtypes, beside its place; sync; rename.
 
     Whatever happens, `path` holds the earlier file or the new one, and nothing else is left behind. A full disk is an
-    OSError (ENOSPC) that says how many bytes were needed.
+    OSError (ENOSPC) that says how many bytes were needed. Of split tensors every process must call this; one writes.
     """
     path, shapes = Path(path), layout(tensors)
     names = sorted(shapes, key=lambda name: (-shapes[name].dtype.itemsize, name))  # keeps every tensor aligned
+    if not parallel.join().leads and any(map(parallel.is_split, tensors.values())):
+        for name in names:
+            parallel.whole(tensors[name])
+        return
     header, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
     for name in names:
         start, end = end, end + shapes[name].nbytes
@@ -370,7 +375,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] 
         with open(part, "wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
             for name in names:
-                data = tensors[name].detach().cpu().contiguous()
+                data = parallel.whole(tensors[name].detach()).cpu().contiguous()
                 assert (data.shape, data.dtype) == (shapes[name].shape, shapes[name].dtype), name
                 file.write(data.reshape(-1).view(torch.uint8).numpy())
             file.flush()

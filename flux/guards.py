@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from flux.errors import UserError
+from flux.parallel import local
 
 
 class Guard:
@@ -73,9 +74,9 @@ class Guard:
 
 
 def first_not_finite(tensors: Iterable[tuple[str, Tensor]]) -> str:
-    """'NAME holds 3 of 128 numbers that are not finite', or ""."""
+    """'NAME holds 3 of 128 numbers that are not finite', or ""; of a split tensor this process's part is asked."""
     for name, tensor in tensors:
-        finite = tensor.isfinite()
+        finite = local(tensor).isfinite()
         if not finite.all():
             return f"{name} holds {int((~finite).sum()):,} of {tensor.numel():,} numbers that are not finite"
     return ""

@@ -43,7 +43,7 @@ UPRIGHT = {2: Image.Transpose.FLIP_LEFT_RIGHT, 3: Image.Transpose.ROTATE_180, 4:
            5: Image.Transpose.TRANSPOSE, 6: Image.Transpose.ROTATE_270, 7: Image.Transpose.TRANSVERSE,
            8: Image.Transpose.ROTATE_90}
 
-PAPER, INK, FAINT, RAW, STRONG = "#fbfbf9", "#23262b", "#dcdedf", "#b9cde4", "#1f5fa8"
+PAPER, INK, FAINT, RAW, STRONG, OTHER = "#fbfbf9", "#23262b", "#dcdedf", "#b9cde4", "#1f5fa8", "#c8642a"
 
 
 class PictureError(UserError):
@@ -308,10 +308,11 @@ def _wrap(caption: str, font: ImageFont.FreeTypeFont, width: int, most: int = 4)
     return lines
 
 
-def loss_plot(steps: Sequence[float], raw: Sequence[float], smoothed: Sequence[float], title: str = "loss",
-              log: bool = False) -> Image.Image:
-    """A 960x540 line chart: raw values light, smoothed ones strong. What is not finite (or, on a logarithmic axis, not
-    positive) is left out; raw values outside the 1 % to 99 % range may leave the frame, and stop at its edge."""
+def loss_plot(steps: Sequence[float], raw: Sequence[float], smoothed: Sequence[float],
+              held_out: Sequence[tuple[float, float]] = (), title: str = "loss", log: bool = False) -> Image.Image:
+    """A 960x540 line chart: raw values light, smoothed ones strong, (step, value) of a held-out set as dots on a line. What
+    is not finite (or, on a logarithmic axis, not positive) is left out; raw values outside the 1 % to 99 % range may leave
+    the frame, and stop at its edge."""
     fine = 3  # drawn three times as large, then reduced: Pillow's lines have hard edges
     width, height = 960 * fine, 540 * fine
     left, top, right, bottom = 84 * fine, 56 * fine, width - 32 * fine, height - 52 * fine
@@ -319,13 +320,14 @@ def loss_plot(steps: Sequence[float], raw: Sequence[float], smoothed: Sequence[f
     draw = ImageDraw.Draw(chart)
     small, large = ImageFont.load_default(14 * fine), ImageFont.load_default(20 * fine)
 
-    def shown(values):
-        points = np.asarray([steps, values], dtype=np.float64).T  # (N, 2)
+    def shown(points):
+        points = np.asarray(list(points), dtype=np.float64).reshape(-1, 2)
         points = points[np.isfinite(points).all(1) & ((points[:, 1] > 0) | (not log))]
         return np.c_[points[:, 0], np.log10(points[:, 1])] if log else points
 
-    light, strong = shown(raw), shown(smoothed)
-    levels = np.r_[np.percentile(light[:, 1], (1, 99)) if len(light) else [], strong[:, 1]]
+    light, strong, dots = (shown(points) for points in (zip(steps, raw, strict=True), zip(steps, smoothed, strict=True),
+                                                        held_out))
+    levels = np.r_[np.percentile(light[:, 1], (1, 99)) if len(light) else [], strong[:, 1], dots[:, 1]]
     low, high = _range(levels, 0.05)
     first, last = _range(np.r_[light[:, 0], strong[:, 0]], 0)
 
@@ -342,17 +344,16 @@ def loss_plot(steps: Sequence[float], raw: Sequence[float], smoothed: Sequence[f
         x = place(np.array([[value, low]]))[0][0]
         draw.line((x, bottom, x, bottom + 6 * fine), INK, fine)
         draw.text((x, bottom + 10 * fine), label, INK, small, anchor="mt")
-    for points, colour, thick in ((light, RAW, 1.2), (strong, STRONG, 2.4)):
-        if len(points) == 1:
-            (x, y), = place(points)
-            draw.circle((x, y), 4 * fine, colour)
-        elif len(points):
+    for points, colour, thick in ((light, RAW, 1.2), (strong, STRONG, 2.4), (dots, OTHER, 1.6)):
+        if len(points) > 1:
             draw.line(place(points), colour, round(thick * fine), joint="curve")
+        for x, y in place(points) if len(points) == 1 or points is dots else ():
+            draw.circle((x, y), 4 * fine, colour)
     draw.line((left, top, left, bottom, right, bottom), INK, round(1.3 * fine))
     draw.text((left, 18 * fine), title, INK, large, anchor="lt")
     draw.text((right, height - 8 * fine), "step", INK, small, anchor="rb")
     x = right
-    for label, colour in (("smoothed", STRONG), ("raw", RAW)):
+    for label, colour in (("smoothed", STRONG), ("raw", RAW), *[("held out", OTHER)] * bool(len(dots))):
         x -= draw.textlength(label, small)
         draw.text((x, 28 * fine), label, INK, small, anchor="lm")
         draw.line((x - 34 * fine, 28 * fine, x - 8 * fine, 28 * fine), colour, 3 * fine)

@@ -1,52 +1,72 @@
 """Checkpoints of a training: a folder per save, whole or not there at all.
 
-A save is written under a temporary name, synced, given its manifest of sizes last and renamed; then `latest` is replaced,
-and only then are old ones deleted. All randomness comes from the step (flux/draws.py), so parameters, optimiser and
-moving average are the whole state.
+A save is written under a temporary name, synced, given its manifest of sizes and hashes last and renamed; then `latest` is
+replaced, and only then are old ones deleted. All randomness comes from the step (flux/draws.py), so parameters, optimiser
+and moving average are the whole state. Of split tensors (--shard) every process writes its own part, with
+torch.distributed.checkpoint, into safetensors too; any number of processes reads either form.
 """
 
+import errno
 import json
 import os
 import shutil
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from flux import checkpoint
+from flux import cache, checkpoint, parallel
 from flux.errors import UserError
 
+PARTS = ("model", "ema", "optimiser")
 ADAMW, MUON = ("step", "exp_avg", "exp_avg_sq"), ("momentum_buffer",)  # a parameter's state
 REMEDY = "name another with --resume, or start anew with --resume none"
 
 
 def save(run: Path, step: int, parameters: dict[str, Tensor], optimiser: torch.optim.Optimizer, average: dict[str, Tensor],
-         keep: int = 2) -> Path:
+         keep: int = 2, team: parallel.Team = parallel.ALONE) -> Path:
     """Write `run/checkpoints/step-000500`, then delete all but the newest `keep`. A full disk is an OSError, no change."""
     folder = run / "checkpoints" / f"step-{step:06d}"
-    draft, aside, latest = (folder.with_name(name) for name in (f".{folder.name}", f"{folder.name}-old", "latest"))
+    draft = folder.with_name(f".{folder.name}")
     moments = {f"{key}.{name}": value for name, p in parameters.items() for key, value in optimiser.state[p].items()}
-    shutil.rmtree(draft, ignore_errors=True)
-    draft.mkdir(parents=True)
+    parts = dict(zip(PARTS, (parameters, average, moments), strict=True))
+    split = any(map(parallel.is_split, parameters.values()))
+    with team.together():
+        if team.leads:
+            shutil.rmtree(draft, ignore_errors=True)
+            draft.mkdir(parents=True)
     try:
-        for name, tensors in (("model", parameters), ("ema", average), ("optimiser", moments)):
-            checkpoint.save(draft / f"{name}.safetensors", tensors)
-        sizes = {file.name: file.stat().st_size for file in sorted(draft.iterdir())}
-        _write(draft / "manifest.json", json.dumps({"step": step, "sizes": sizes}))
-        if folder.exists():  # the run was started anew, or stopped where it began; `load` finds the old one meanwhile
-            shutil.rmtree(aside, ignore_errors=True)
-            latest.unlink(missing_ok=True)
-            os.replace(folder, aside)
-        os.replace(draft, folder)
+        if split:
+            for name, tensors in parts.items():
+                _write_split(draft / name, tensors)
+        with team.together():
+            if team.leads:
+                for name, tensors in () if split else parts.items():
+                    checkpoint.save(draft / f"{name}.safetensors", tensors)
+                _publish(run, draft, folder, step, keep)
     finally:
-        shutil.rmtree(draft, ignore_errors=True)
+        if team.leads:
+            shutil.rmtree(draft, ignore_errors=True)
+    return folder
+
+
+def _publish(run: Path, draft: Path, folder: Path, step: int, keep: int) -> None:
+    aside, latest = folder.with_name(f"{folder.name}-old"), folder.with_name("latest")
+    files = {str(file.relative_to(draft)): {"bytes": file.stat().st_size, "sha256": cache.content(file)}
+             for file in sorted(draft.rglob("*.safetensors"))}
+    _write(draft / "manifest.json", json.dumps({"step": step, "files": files}, indent=1))
+    if folder.exists():  # the run was started anew, or stopped where it began; `load` finds the old one meanwhile
+        shutil.rmtree(aside, ignore_errors=True)
+        latest.unlink(missing_ok=True)
+        os.replace(folder, aside)
+    os.replace(draft, folder)
     _write(latest, folder.name)
     shutil.rmtree(aside, ignore_errors=True)
     kept = [manifest.parent for manifest in _by_age(run)[-keep:]]
     for old in folder.parent.glob("step-*"):
         if old not in kept:
             shutil.rmtree(old)
-    return folder
 
 
 def _write(path: Path, text: str) -> None:
@@ -61,19 +81,34 @@ def _write(path: Path, text: str) -> None:
         draft.unlink(missing_ok=True)
 
 
+def _write_split(folder: Path, tensors: dict[str, Tensor]) -> None:
+    from torch.distributed import checkpoint as dcp
+
+    try:
+        dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(folder, save_distributed=True))
+    except dcp.CheckpointException as error:  # what any process met, raised in all of them
+        full = any(isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT) for one, _ in
+                   error.failures.values())
+        if not full:
+            raise
+        needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(folder.parent).free
+        raise OSError(errno.ENOSPC, f"no room: {needed} bytes needed, {free} free", str(folder)) from error
+
+
 def _by_age(run: Path) -> list[Path]:
     """Manifests, oldest first: a run that was started anew counts its steps from 0, so steps do not tell."""
     return sorted((run / "checkpoints").glob("step-*/manifest.json"), key=lambda path: path.stat().st_mtime_ns)
 
 
-def load(run: Path, how: str, parameters: dict[str, Tensor], optimiser: torch.optim.Optimizer,
-         average: dict[str, Tensor]) -> int:
+def load(run: Path, how: str, parameters: dict[str, Tensor], optimiser: torch.optim.Optimizer, average: dict[str, Tensor],
+         team: parallel.Team = parallel.ALONE) -> int:
     """Fill everything from a checkpoint and return its step; 0 for a fresh start. What a killed save left is removed.
 
     `how`: auto (the newest of this run, if any), none, or the folder of a checkpoint, which must then be there.
     """
-    for leftover in (run / "checkpoints").glob(".step-*"):
-        shutil.rmtree(leftover)
+    with team.one_by_one():
+        for leftover in (run / "checkpoints").glob(".step-*"):
+            shutil.rmtree(leftover)
     if how == "none":
         return 0
     if how == "auto":
@@ -84,49 +119,71 @@ def load(run: Path, how: str, parameters: dict[str, Tensor], optimiser: torch.op
     else:
         folder = Path(how)
     step = _whole(folder)
-    model, ema, moments = (checkpoint.read(folder / f"{name}.safetensors") for name in ("model", "ema", "optimiser"))
+    (model, fill_model), (ema, fill_ema), (moments, fill_moments) = (_open(folder, part) for part in PARTS)
     expected = {name: p.shape for name, p in parameters.items()}
     for found in (model, ema):
-        if {name: value.shape for name, value in found.items()} != expected:
+        if found != expected:
             raise UserError(f"{folder} trained {len(found)} tensors, this run trains {len(expected)}, and their names or "
                             f"shapes differ; expected the same model; {REMEDY}")
     keys = {id(p): MUON if "ns_steps" in group else ADAMW for group in optimiser.param_groups for p in group["params"]}
     states = {name: _moments(folder, name, p, keys[id(p)], moments) for name, p in parameters.items()}
-    with torch.no_grad():
-        for name, p in parameters.items():
-            p.copy_(model[name])
-            average[name].copy_(ema[name])
-            if states[name]:
-                optimiser.state[p] = states[name]
+    fill_model({name: p.detach() for name, p in parameters.items()})
+    fill_ema(average)
+    fill_moments({f"{key}.{name}": value for name, state in states.items() for key, value in state.items()})
+    optimiser.state |= {parameters[name]: state for name, state in states.items() if state}
     return step
 
 
-def _moments(folder: Path, name: str, p: Tensor, keys: tuple[str, ...], saved: checkpoint.Mapped) -> dict[str, Tensor]:
-    """The optimiser's state of one parameter, laid out in memory like it: fused AdamW walks over both side by side.
+def _open(folder: Path, part: str) -> tuple[dict[str, torch.Size], Callable[[dict[str, Tensor]], None]]:
+    """The shapes of one part of a checkpoint by name, and what fills tensors, split or not, with its numbers."""
+    if not (folder / part).is_dir():
+        found = checkpoint.read(folder / f"{part}.safetensors")
+        return {name: tensor.shape for name, tensor in checkpoint.layout(found).items()}, lambda into: _fill(into, found)
+    from torch.distributed import checkpoint as dcp
+
+    reader = dcp.HuggingFaceStorageReader(folder / part)
+    shapes = {name: about.size for name, about in reader.read_metadata().state_dict_metadata.items()}
+    return shapes, lambda into: dcp.load(into, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
+
+
+def _fill(into: dict[str, Tensor], found: Mapping[str, Tensor]) -> None:
+    for name, target in into.items():
+        value = found[name]
+        if parallel.is_split(target):
+            value = torch.distributed.tensor.distribute_tensor(value.to(target.device), target.device_mesh,
+                                                               target.placements, src_data_rank=None)
+        target.copy_(value)
+
+
+def _moments(folder: Path, name: str, p: Tensor, keys: tuple[str, ...], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
+    """Room for the optimiser's state of one parameter, laid out in memory like it: fused AdamW walks over both side by side.
 
     Empty for a parameter that never had a gradient.
     """
-    found = tuple(key for key in sorted({*ADAMW, *MUON}) if f"{key}.{name}" in saved)
+    found = tuple(key for key in sorted({*ADAMW, *MUON}) if f"{key}.{name}" in shapes)
     if found not in ((), tuple(sorted(keys))):
         raise UserError(f"{folder} has of {name} the moments {', '.join(found)}; expected {', '.join(keys)}, as this run's "
                         f"optimiser keeps them; choose the same --optimiser, or {REMEDY}")
-    return {key: (torch.empty((), device=p.device) if key == "step" else torch.empty_like(p)).copy_(saved[f"{key}.{name}"])
-            for key in found}
+    return {key: torch.empty((), device=p.device) if key == "step" else torch.empty_like(p.detach()) for key in found}
 
 
 def _whole(folder: Path) -> int:
-    """The step of a checkpoint, all of whose files have the sizes that its manifest says."""
+    """The step of a checkpoint, all of whose files have the sizes and hashes that its manifest says."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        step, sizes = int(manifest["step"]), dict(manifest["sizes"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        step, files = int(manifest["step"]), {str(name): (int(about["bytes"]), str(about["sha256"]))
+                                              for name, about in manifest["files"].items()}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} holds no whole checkpoint (its manifest.json is not there or damaged); expected a folder "
                         f"like checkpoints/step-000500; {REMEDY}") from error
-    for name in ("model.safetensors", "ema.safetensors", "optimiser.safetensors"):
+    for part in PARTS:
+        if not any(name == f"{part}.safetensors" or name.startswith(f"{part}/") for name in files):
+            raise UserError(f"{folder}/manifest.json names no file of {part}; expected a whole checkpoint; {REMEDY}")
+    for name, (size, digest) in files.items():
         path = folder / name
-        if not path.is_file() or path.stat().st_size != sizes.get(name):
-            raise UserError(f"{path} is not the {sizes.get(name)} bytes that its manifest says; expected a whole "
-                            f"checkpoint; {REMEDY}")
+        if not path.is_file() or path.stat().st_size != size or cache.content(path) != digest:
+            raise UserError(f"{path} is not what its manifest says, {size} bytes with the sha256 {digest[:12]}; expected a "
+                            f"whole checkpoint; {REMEDY}")
     return step
 
 

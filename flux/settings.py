@@ -64,13 +64,17 @@ class Training:
     keep: int = 3  # checkpoints left on disk; older ones are deleted after a newer one is complete
     log_every: int = 10  # optimizer steps between lines of metrics.jsonl
     sample_every: int = 500  # optimizer steps between sample pictures, at fixed prompts and seeds; 0 draws none
+    validate_every: int = 500  # optimizer steps between losses on the held-out set, at fixed times and noises; 0: none
+    tensorboard: bool = False  # write the figures for TensorBoard too; needs the extra: pip install minflux[tensorboard]
+    gradient_checkpointing: bool = False  # keep only the inputs of blocks and compute the rest again: less memory, slower
+    shard: bool = False  # under torchrun, split weights, average and moments over the processes (FSDP2)
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes the first GPU there is
     dtype: Literal["fp32", "bf16"] = "fp32"  # of the forward pass; weights stay fp32, bf16 is autocast
     threads: int | None = None  # CPU threads; default: as many as PyTorch chooses
 
     def __post_init__(self):
         _at_least(1, self, "steps", "batch", "accumulate", "save_every", "keep", "log_every", "threads")
-        _at_least(0, self, "warmup", "seed", "sample_every")
+        _at_least(0, self, "warmup", "seed", "sample_every", "validate_every")
         if not self.lr > 0:
             raise UserError(f"--lr {self.lr}: expected a learning rate above 0, such as 1e-4")
         if not 0 <= self.ema < 1:

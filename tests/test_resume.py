@@ -1,5 +1,6 @@
 """The training loop and its checkpoints: what is interrupted, killed or fails goes on as if nothing had happened."""
 
+import hashlib
 import itertools
 import json
 import multiprocessing
@@ -321,7 +322,8 @@ def other_tensors(name, change):
         tensors = change(load_file(folder / name))
         save_file(tensors, folder / name)
         manifest = json.loads((folder / "manifest.json").read_text())
-        manifest["sizes"][name] = (folder / name).stat().st_size
+        data = (folder / name).read_bytes()
+        manifest["files"][name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
         (folder / "manifest.json").write_text(json.dumps(manifest))
     return apply
 
@@ -340,6 +342,13 @@ def scribbled(folder):
     path.write_bytes(b"\xff" * path.stat().st_size)
 
 
+def flipped(folder):
+    path = folder / "model.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-5] ^= 1
+    path.write_bytes(data)
+
+
 def removed(name):
     return lambda folder: (folder / name).unlink()
 
@@ -349,8 +358,9 @@ BROKEN = {
     "empty manifest": cut("manifest.json", 0),
     "half a manifest": cut("manifest.json", 20),
     "manifest of other things": written("manifest.json", b'["step"]'),
-    "manifest without sizes": written("manifest.json", b'{"step": 3}'),
-    "manifest without files": written("manifest.json", b'{"step": 3, "sizes": {}}'),
+    "manifest without files": written("manifest.json", b'{"step": 3}'),
+    "manifest of no files": written("manifest.json", b'{"step": 3, "files": {}}'),
+    "manifest of files without hashes": written("manifest.json", b'{"step": 3, "files": {"model.safetensors": 8}}'),
     "manifest that is no text": written("manifest.json", b"\xff\xfe"),
     "no weights": removed("model.safetensors"),
     "no average": removed("ema.safetensors"),
@@ -358,6 +368,7 @@ BROKEN = {
     "weights cut short": cut("model.safetensors", 50),
     "moments cut short": cut("optimiser.safetensors", 50),
     "weights overwritten": scribbled,
+    "one bit of a weight flipped": flipped,
     "another model's names": other_tensors("model.safetensors", lambda t: {f"x.{name}": v for name, v in t.items()}),
     "a weight too few": other_tensors("model.safetensors", lambda t: {"p0": t["p0"]}),
     "a weight too many": other_tensors("model.safetensors", lambda t: t | {"p2": torch.ones(3)}),
