@@ -26,5 +26,5 @@ setup(
         "httpx",
         'triton; platform_system == "Linux"',
     ],
-    extras_require={"dev": ["pytest", "ruff"]},
+    extras_require={"dev": ["pytest", "ruff"], "tensorboard": ["tensorboard"]},
 )

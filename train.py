@@ -18,6 +18,7 @@ import math
 import signal
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -87,8 +88,8 @@ def signals_kept():
             signal.signal(number, handler)
 
 
-def train(task, settings, run: Path) -> None:
-    """Run a task to its last step in the folder `run`, from its newest checkpoint if there is one."""
+def train(task, settings, run: Path) -> Counter:
+    """Run a task to its last step in the folder `run`, from its newest checkpoint if there is one. Seconds by their use."""
     if settings.threads:
         torch.set_num_threads(settings.threads)
     team = parallel.join()
@@ -192,6 +193,7 @@ def train(task, settings, run: Path) -> None:
             model.eval()
             task.save(run)
     team.wait()  # for what the leader wrote: the next stage reads it
+    return log.spent
 
 
 def main(argv: list[str]) -> None:

@@ -31,13 +31,20 @@ class Cache:
         """
         if self.folder is None:
             return dict(make())
-        name = hashlib.sha256(repr((FORMAT, torch.__version__, made_from)).encode()).hexdigest()
-        path = self.folder / name[:2] / f"{name}.safetensors"
+        path = self.place(made_from)
         kept = self.read(path)
         if kept is None:
             kept = {key: tensor.detach().cpu().contiguous() for key, tensor in make().items()}
             self.write(path, kept)
         return kept
+
+    def has(self, made_from: tuple) -> bool:
+        """Whether there is an entry; whether it is whole shows when it is read."""
+        return self.folder is not None and self.place(made_from).exists()
+
+    def place(self, made_from: tuple) -> Path:
+        name = hashlib.sha256(repr((FORMAT, torch.__version__, made_from)).encode()).hexdigest()
+        return self.folder / name[:2] / f"{name}.safetensors"
 
     def read(self, path: Path) -> dict[str, Tensor] | None:
         """A whole entry, copied off the file, or None."""

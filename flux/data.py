@@ -1,4 +1,4 @@
-"""Data sets from disk: a folder of captioned pictures, or a metadata.jsonl; a step's batch follows from its number.
+"""Data sets from disk: a folder of captioned pictures, a metadata.jsonl, tar shards; a step's batch follows from its number.
 
 `load` looks at every picture once, before the first step, so that what is broken is known then. After that the batches
 are a pure function of (items, batch size, seed, step): a resumed run continues with exactly the ones it would have had.
@@ -6,6 +6,7 @@ Read flux/pictures.py first. `python -m flux.data check DIR` reports on a data s
 """
 
 import argparse
+import hashlib
 import json
 import math
 import os
@@ -21,8 +22,9 @@ import numpy as np
 from PIL import Image, ImageOps
 from tqdm import tqdm
 
-from flux import pictures
+from flux import pictures, shards
 from flux.errors import UserError
+from flux.shards import Member
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -39,20 +41,27 @@ LONG_CAPTION = 2000  # characters; about the 512 T5 tokens after which text is c
 class Item:
     """A picture to learn, and what it is learned from. `size`, known after `survey`, is its bucket (width, height)."""
 
-    path: Path
+    path: Path | Member
     caption: str = ""
-    source: Path | None = None  # of a pair: the picture before
-    mask: Path | None = None  # white where it is repainted
+    source: Path | Member | None = None  # of a pair: the picture before
+    mask: Path | Member | None = None  # white where it is repainted
     size: tuple[int, int] | None = None
 
 
 def find(path: str | Path) -> list[Item]:
-    """A metadata.jsonl, or a folder with or without one -> its items, in a fixed order. No picture is opened yet."""
+    """A metadata.jsonl, a tar archive, or a folder with pictures or either -> its items, in a fixed order. No picture is
+    opened yet."""
     path = Path(path)
     if not path.exists():
-        raise UserError(f"no data at {path}; expected a folder of pictures or a metadata.jsonl: check --data")
+        raise UserError(f"no data at {path}; expected a folder of pictures, a metadata.jsonl or a .tar: check --data")
     index = _inside(path, "metadata.jsonl") if path.is_dir() else path
-    items = jsonl(index) if index.is_file() else folder(path)
+    if index.suffix == ".tar":
+        items = shard(index)
+    elif index.is_file():
+        items = jsonl(index)
+    else:
+        shards_here = sorted(name for name in os.listdir(path) if name.endswith(".tar") and name[0] != ".")
+        items = [*folder(path), *(item for name in shards_here for item in shard(_inside(path, name)))]
     if not items:
         raise UserError(f"no pictures in {path}; expected {', '.join(sorted(SUFFIXES))}, not in folders below it: "
                         "check --data")
@@ -64,6 +73,17 @@ def folder(path: str | Path) -> list[Item]:
     root = Path(path)
     names = sorted(name for name in os.listdir(root) if Path(name).suffix.lower() in SUFFIXES and name[0] != ".")
     return [Item(_inside(root, name), _caption(_inside(root, Path(name).with_suffix(".txt").name))) for name in names]
+
+
+def shard(path: Path) -> list[Item]:
+    """Every sample of a tar archive that has a picture."""
+    items = []
+    for sample in shards.samples(path, MAX_TEXT_BYTES):
+        def picture(before="", sample=sample):
+            return next((sample[before + suffix[1:]] for suffix in sorted(SUFFIXES) if before + suffix[1:] in sample), None)
+        if target := picture():
+            items.append(Item(target, shards.caption(sample, str(target)), picture("source."), picture("mask.")))
+    return items
 
 
 def jsonl(path: str | Path) -> list[Item]:
@@ -208,6 +228,14 @@ def load(path: str | Path, edge: int) -> list[Item]:
     return found.items
 
 
+def hold_out(items: list[Item], share: float) -> tuple[list[Item], list[Item]]:
+    """Those to train on and a share apart from them, chosen by name: a data set that grows keeps most of its choice."""
+    def place(item):
+        return hashlib.sha256(Path(item.path.name).name.encode(errors="replace")).hexdigest()
+    apart = {id(item) for item in sorted(items, key=place)[:int(share * len(items))]}
+    return [item for item in items if id(item) not in apart], [item for item in items if id(item) in apart]
+
+
 def epoch(items: list[Item], batch: int, seed: int, number: int) -> list[list[Item]]:
     """All items once, shuffled by (seed, number) alone: one bucket per batch, a bucket's last batch may be shorter."""
     assert batch > 0 and seed >= 0, f"batch {batch}, seed {seed}"
@@ -268,7 +296,7 @@ def check(path: str | Path, edge: int) -> None:
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m flux.data", description="Looks at a data set, as training would.")
     parser.add_argument("command", choices=["check"])
-    parser.add_argument("data", type=Path, help="a folder of pictures, or a metadata.jsonl")
+    parser.add_argument("data", type=Path, help="a folder of pictures, a metadata.jsonl, or a .tar")
     parser.add_argument("--edge", type=int, default=1024, help="pixels; buckets have about edge * edge of them (1024)")
     options = parser.parse_args(argv)
     try:

@@ -78,10 +78,10 @@ class Log:
         self.bar.close()
         if self.board:
             self.board.close()
-        total = self.spent.pop("all", 0)
-        if self.leads and finished and total:
-            self.spent["the loop itself"] = total - sum(self.spent.values())
-            shares = ", ".join(f"{what} {100 * seconds / total:.1f} %" for what, seconds in self.spent.items())
+        if self.leads and finished and self.spent["all"]:
+            rest = {"the loop itself": 2 * self.spent["all"] - sum(self.spent.values())}
+            shares = ", ".join(f"{what} {seconds / self.spent['all']:.1%}" for what, seconds in (self.spent | rest).items()
+                               if what != "all")
             print(f"{self.run.name}: time went to {shares}", flush=True)
 
 

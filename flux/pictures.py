@@ -22,6 +22,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
 
 from flux.errors import UserError
+from flux.shards import Member
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -50,14 +51,14 @@ class PictureError(UserError):
     """A file that is no picture we can use: names the file and what is wrong with it."""
 
 
-def read(path: str | Path) -> Image.Image:
-    """A JPEG, PNG, WebP, BMP, GIF or TIFF file -> upright 8-bit RGB, its first frame, alpha over white.
+def read(path: str | Path | Member) -> Image.Image:
+    """A JPEG, PNG, WebP, BMP, GIF or TIFF file or archive member -> upright 8-bit RGB, its first frame, alpha over white.
 
     Size is judged by the header, before decoding. Colour profiles are not applied. PictureError for everything else.
     """
     _check_file(path)
     try:
-        with Image.open(path, formats=FORMATS) as pil:
+        with Image.open(path.open() if isinstance(path, Member) else path, formats=FORMATS) as pil:
             width, height = pil.size
             limit = MAX_WEBP_PIXELS if pil.format == "WEBP" else MAX_PIXELS
             if width * height <= limit:
@@ -76,17 +77,18 @@ def read(path: str | Path) -> Image.Image:
                        f"are read{' from a WebP' if limit < MAX_PIXELS else ''}: make it smaller")
 
 
-def _check_file(path: str | Path) -> None:
+def _check_file(path: str | Path | Member) -> None:
     try:
-        status = os.stat(path)
+        status = os.stat(path.archive if isinstance(path, Member) else path)
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name, or half a surrogate pair
         reason = error.strerror if isinstance(error, OSError) else error
         raise PictureError(f"{str(path)!r} cannot be opened ({reason}); expected a picture: check the name") from error
     if not stat.S_ISREG(status.st_mode):
         kind = "a folder" if stat.S_ISDIR(status.st_mode) else "no ordinary file"
         raise PictureError(f"{path} is {kind}; expected a picture: name one file")
-    if not 0 < status.st_size <= MAX_BYTES:
-        size = f"has {status.st_size >> 20} MB, at most {MAX_BYTES >> 20} are read" if status.st_size else "is empty"
+    total = path.size if isinstance(path, Member) else status.st_size
+    if not 0 < total <= MAX_BYTES:
+        size = f"has {total >> 20} MB, at most {MAX_BYTES >> 20} are read" if total else "is empty"
         raise PictureError(f"{path} {size}; expected a picture: replace it")
 
 

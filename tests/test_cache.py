@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flux import data, weights
+from flux import conditioning, data, weights
 from flux.cache import Cache, content, digest, source
 from flux.recipes import t2i
 
@@ -119,6 +119,27 @@ def test_a_training_is_the_same_with_and_without(tmp_path):
             for a, b in zip((*kept[:3], kept[3].txt, kept[3].vec), (*fresh[:3], fresh[3].txt, fresh[3].vec), strict=True):
                 assert torch.equal(a, b), (visit, step)
     assert (tmp_path / "runs" / "cache").is_dir()
+
+
+def test_all_is_made_before_the_first_step(tmp_path, monkeypatch):
+    """A second training finds it all, and never reads the text encoders; what was lost since is made again."""
+    folder = pictures(tmp_path / "data", 5)
+    settings = t2i.FineTune(data=folder, out=tmp_path / "runs", batch=2, held_out=0.2)
+    first = settings.task()
+    assert len(first.items) == 4 and len(first.unseen) == 1 and first.encoders is None
+    entries = sorted((tmp_path / "runs" / "cache").rglob("*.safetensors"))
+    assert len(entries) == 5 + 3, "five pictures, two captions and the empty one"
+    first.batch(0, 0), first.held_out()
+    assert sorted((tmp_path / "runs" / "cache").rglob("*.safetensors")) == entries
+    real = conditioning.TextEncoders
+    monkeypatch.setattr(conditioning, "TextEncoders", None)
+    second = settings.task()
+    again = second.held_out()[0]
+    monkeypatch.setattr(conditioning, "TextEncoders", real)
+    for entry in entries:
+        entry.unlink()
+    for a, b in zip(second.held_out()[0][:3], again[:3], strict=True):
+        assert torch.equal(a, b)
 
 
 def test_an_edited_picture_is_seen(tmp_path):

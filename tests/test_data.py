@@ -1,11 +1,15 @@
 """Data sets: names stay inside the folder, broken files are counted, batches follow from the step number alone."""
 
+import hashlib
+import io
 import itertools
 import json
 import math
 import os
+import random
 import subprocess
 import sys
+import tarfile
 from collections import Counter
 from pathlib import Path
 
@@ -13,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from flux import data
+from flux import cache, data, pictures
 from flux.data import Item
 from flux.errors import UserError
 
@@ -77,6 +81,112 @@ def test_names_from_outside_stay_inside(tmp_path, name, key):
     (root / "link.png").symlink_to(tmp_path / "out.png")
     with pytest.raises(UserError, match="line 1.*leads out of the data folder"):
         data.find(lines(root / "metadata.jsonl", {"file": "in.png", key: name}))
+
+
+def hostile_names(count):
+    """Variations of the above: other depths, endings, slashes, characters that are dots or slashes only to the eye."""
+    rng = random.Random(0)
+    parts = ["..", ".", "", "a", "..\\..", "....", "\u2024\u2024", "\uff0f", "%2e%2e", "~", "con", "\x00", "\x1b[2J",
+             "x" * 300, "link", "/etc", "C:", "\ud800", "b.png\n../c"]
+    for _ in range(count):
+        start = rng.choice(["", "/", "\\", "//", "C:\\", "./"])
+        yield start + "/".join(rng.choices(parts, k=rng.randint(1, 5))) + "/out.png"
+
+
+def test_two_hundred_hostile_names(tmp_path):
+    """P11: in a metadata.jsonl each is refused by name or is a place inside; in an archive none is a place at all."""
+    root = tmp_path / "data"
+    picture(tmp_path / "out.png", colour="blue")
+    picture(root / "in.png")
+    (root / "link").symlink_to(tmp_path)
+    names, refused, before = list(hostile_names(200)), 0, sorted(tmp_path.rglob("*"))
+    for name in names:
+        try:
+            item, = data.find(lines(root / "metadata.jsonl", {"file": name}))
+        except UserError as error:
+            refused += "leads out of the data folder" in str(error)
+            continue
+        assert Path(os.path.realpath(item.path)).is_relative_to(root), name
+        assert len(data.survey([item], 64).broken) == 1, f"there is no such file inside: {name!r}"
+    assert refused > 100
+    (root / "metadata.jsonl").unlink()
+    names = [name.replace("\ud800", "?").replace("\0", "?") for name in names]  # which no archive can hold
+    items = data.find(tar(tmp_path / "hostile.tar", [(name, png("red")) for name in names]))
+    assert len(items) == 200 and {pictures.read(item.path).getpixel((0, 0)) for item in items} == {(255, 0, 0)}
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "hostile.tar"])
+
+
+def png(colour, size=(64, 48)):
+    data = io.BytesIO()
+    Image.new("RGB", size, colour).save(data, "png")
+    return data.getvalue()
+
+
+def tar(path, files, **how):
+    with tarfile.open(path, **{"mode": "w", **how}) as archive:
+        for name, content in files:
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def test_shards_give_samples_as_a_folder_does(tmp_path):
+    """Long names and other archives' extensions too; what belongs to no picture is passed over."""
+    files = [("a/1.txt", b"a red wall"), ("a/1.png", png("red")), ("a/2.json", b'{"prompt": "blue", "x": 1}'),
+             ("a/2.JPG", png("blue")), ("a/3.png", png("green")), ("notes.md", b"text"), ("4.source.png", png("black")),
+             ("4.mask.png", png("white")), ("4.webp", png("white")), ("4.txt", b""), ("y" * 200 + ".png", png("white"))]
+    for form in (tarfile.GNU_FORMAT, tarfile.PAX_FORMAT):
+        items = data.find(tar(tmp_path / "one.tar", files, format=form))
+        assert [item.caption for item in items] == ["a red wall", "blue", "", "", ""]
+        assert [pictures.read(item.path).getpixel((3, 3)) for item in items[:3]] == [(255, 0, 0), (0, 0, 255), (0, 128, 0)]
+        pair = items[3]
+        assert [pictures.read(part).getpixel((0, 0))[0] for part in (pair.source, pair.mask)] == [0, 255]
+        assert all(item.source is None for item in items[:3])
+    picture(tmp_path / "0.png", size=(48, 64))
+    assert [Path(item.path.name).name for item in data.find(tmp_path)][:3] == ["0.png", "1.png", "2.JPG"]
+    found = data.load(tmp_path, 64)
+    batch = next(data.batches(found, 4, 0))
+    assert data.images(batch).shape[0] == len(batch) and str(found[1].path).endswith("one.tar:a/1.png")
+    assert cache.content(found[1].path) == hashlib.sha256(png("red")).hexdigest()
+
+
+@pytest.mark.parametrize("harm, words", [("cut", "whole, uncompressed tar"), ("gz", "uncompressed tar"),
+                                         ("text", "tar archive"), ("json", "its .json is none"),
+                                         ("list", "expected an object with a `prompt`"),
+                                         ("utf", "expected a caption in UTF-8"), ("long", "at most")])
+def test_a_broken_shard_is_named(harm, words, tmp_path):
+    path = tmp_path / "x.tar"
+    extra = {"json": ("1.json", b"{"), "list": ("1.json", b"[1]"), "utf": ("1.txt", b"\xff"),
+             "long": ("1.txt", b"x" * 2**21)}
+    tar(path, [("1.png", png("red")), extra.get(harm, ("1.txt", b"red")), ("2.png", png("red", (640, 480)))])
+    if harm == "cut":
+        path.write_bytes(path.read_bytes()[:2600])
+    elif harm == "gz":
+        tar(path, [("1.png", png("red"))], mode="w:gz")
+    elif harm == "text":
+        path.write_text("no archive" * 200)
+    with pytest.raises(UserError, match=words) as caught:
+        data.find(path)
+    assert str(path) in str(caught.value)
+
+
+def test_a_broken_picture_in_a_shard_is_counted(tmp_path):
+    path = tar(tmp_path / "x.tar", [("1.png", png("red")), ("2.png", b"no picture"), ("3.png", b"")])
+    found = data.survey(data.find(path), 64)
+    assert len(found.items) == 1
+    assert all(f"x.tar:{i}.png" in words for i, words in zip((2, 3), found.broken, strict=True))
+
+
+def test_what_is_held_out_stays_so_when_data_grow(tmp_path):
+    items = [Item(tmp_path / f"{i}.png") for i in range(100)]
+    train, apart = data.hold_out(items, 0.1)
+    assert len(apart) == 10 and len(train) == 90 and not set(train) & set(apart)
+    assert data.hold_out(items[:9], 0.1)[1] == [] and data.hold_out([], 0.5) == ([], [])
+    grown = [*items, *(Item(tmp_path / f"new {i}.png") for i in range(10))]
+    assert len(set(data.hold_out(grown, 0.1)[1]) & set(apart)) >= 8
+    moved = [Item(tmp_path / "elsewhere" / item.path.name) for item in items]
+    assert [item.path.name for item in data.hold_out(moved, 0.1)[1]] == [item.path.name for item in apart]
 
 
 @pytest.mark.parametrize("name", ["x" * 300 + ".png", ".", "loop.png", "missing.png"])

@@ -1,6 +1,7 @@
 """The training loop and its checkpoints: what is interrupted, killed or fails goes on as if nothing had happened."""
 
 import hashlib
+import importlib.util
 import itertools
 import json
 import multiprocessing
@@ -19,8 +20,9 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 import train
-from flux import draws, flow, latents, resume
+from flux import data, draws, flow, latents, resume
 from flux.config import TINY
+from flux.data import Item
 from flux.errors import UserError
 from flux.model import Flux
 from flux.settings import Training
@@ -126,6 +128,55 @@ def test_stopped_anywhere_and_resumed(step, micro, event, whole, tmp_path):
     task = Task()
     train.train(task, SETTINGS, tmp_path)
     assert_equal(outcome(tmp_path, task), whole)
+
+
+class Pictures(Task):
+    """The same on a data set of two buckets: its batches are of different sizes, and an epoch of seven batches."""
+
+    ITEMS = [Item(Path(f"{i}.png"), size=(16, 16 + 16 * (i % 3 == 0))) for i in range(19)]
+    EPOCH = 7
+
+    def __init__(self, events=None):
+        super().__init__(events)
+        self.seen = []
+
+    def batch(self, step, micro):
+        super().batch(step, micro)
+        items = next(data.batches(self.ITEMS, 3, 0, step * 2 + micro))
+        self.seen.append((step, micro, *(str(item.path) for item in items)))
+        noise = draws.generator(step, micro, "noise")
+        return torch.stack([torch.full((2, 3, 3), int(item.path.stem) / 19) for item in items]) + torch.randn(
+            len(items), 2, 3, 3, generator=noise)
+
+
+LATE = replace(SETTINGS, steps=40, save_every=5, validate_every=7)
+CUTS = [(0, 0), (0, 1), (1, 0), (2, 1), (3, 0), (3, 1), (5, 0), (7, 0), (9, 1), (10, 0), (14, 0), (17, 1)]  # step, micro
+
+
+def test_twelve_cuts(hard, tmp_path):
+    """P6: the first step, mid-accumulation, an epoch's edge (step 3, micro-step 1), the end of warm-up, a save, a changed
+    learning rate: what comes after is bit-equal, next losses and samples included."""
+    assert CUTS[5] == divmod(Pictures.EPOCH, 2)
+    for changed in (False, True):
+        first, settings = replace(LATE, steps=2), replace(LATE, lr=2e-3) if changed else LATE
+        whole = Pictures()
+        if changed:
+            train.train(Pictures(), replace(first, schedule="constant"), tmp_path / "changed")
+        train.train(whole, settings, tmp_path / ("changed" if changed else "whole"))
+        expected = outcome(tmp_path / ("changed" if changed else "whole"), whole)
+        for step, micro in itertools.product(range(20), (0, 1)) if hard else CUTS:
+            if changed and step < 2:
+                continue
+            run = tmp_path / f"{changed} {step} {micro}"
+            if changed:
+                train.train(Pictures(), replace(first, schedule="constant"), run)
+            for event in (interrupt, crash) if hard else ((interrupt, crash)[(step + micro) % 2],):
+                with pytest.raises((KeyboardInterrupt, RuntimeError)):
+                    train.train(Pictures({(step, micro): event}), settings, run)
+            task = Pictures()
+            train.train(task, settings, run)
+            assert_equal(outcome(run, task), expected)
+            assert task.seen == whole.seen[-len(task.seen):] and len(task.seen) >= 40, "the samples of the next 20 steps"
 
 
 def test_stopped_at_every_step(whole, tmp_path):
@@ -245,6 +296,36 @@ def test_the_average():
     assert p.tolist() == [1, 1]
 
 
+class Validated(Task):
+    def held_out(self):
+        return [self.batch("held out", micro) for micro in range(3)]
+
+
+def test_the_validation_loss(tmp_path):
+    """Of the averaged weights, on the same batches each time; it changes nothing, and is the mean over the batches."""
+    settings = replace(SETTINGS, validate_every=3)
+    task, plain = Validated(), Task()
+    train.train(task, settings, tmp_path / "validated")
+    train.train(plain, settings, tmp_path / "plain")
+    rows = [json.loads(row) for row in (tmp_path / "validated" / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in rows if "validation" in row] == [3, 6, 8]
+    for (name, p), other in zip(task.saved.items(), plain.saved.values(), strict=True):
+        assert torch.equal(p, other), name
+        task.model.get_parameter(name).data.copy_(p)
+    expected = sum(task.loss(batch).item() for batch in task.held_out()) / 3
+    assert rows[-1]["validation"] == pytest.approx(expected, rel=1e-6)
+
+
+def test_tensorboard(tmp_path):
+    settings = replace(SETTINGS, tensorboard=True)
+    if importlib.util.find_spec("tensorboard"):
+        train.train(Task(), settings, tmp_path)
+        assert list((tmp_path / "tensorboard").glob("events*"))
+    else:
+        with pytest.raises(UserError, match=r"--tensorboard.*pip install minflux\[tensorboard\]"):
+            train.train(Task(), settings, tmp_path)
+
+
 # Checkpoints.
 
 def fresh():
@@ -295,11 +376,11 @@ def test_loading_copies(tmp_path):
             handle.seek(-8, os.SEEK_END)
             handle.write(b"\0" * 8)
     assert_equal(state(*loaded), before)
-    for file, data in files.items():
-        file.write_bytes(data)
+    for file, content in files.items():
+        file.write_bytes(content)
     sum(p.square().sum() for p in loaded[0].values()).backward()
     loaded[1].step()
-    assert all(file.read_bytes() == data for file, data in files.items())
+    assert all(file.read_bytes() == content for file, content in files.items())
 
 
 @pytest.mark.parametrize("keep", (1, 2, 5))

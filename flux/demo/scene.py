@@ -99,16 +99,17 @@ class Caption:
     asked: Scene
 
 
-def sample_caption(scene: Scene, rng: np.random.Generator, full: bool = False) -> Caption:
-    """Name each attribute or leave it out at random; `full` names all, in the plainest order."""
+def sample_caption(scene: Scene, rng: np.random.Generator, full: bool = False, vague: bool = False) -> Caption:
+    """Name each attribute or leave it out at random; `full` names all, in the plainest order; `vague` names size and place
+    less often."""
     def keep(share):
         return full or rng.random() < share
 
     things = tuple(replace(thing,
-                           size=thing.size if keep(0.7) else "",
+                           size=thing.size if keep(0.35 if vague else 0.7) else "",
                            colour=thing.colour if keep(0.95) else "",
                            shape=thing.shape if keep(0.97) else "",
-                           place=thing.place if keep(0.8) else "") for thing in scene.things)
+                           place=thing.place if keep(0.3 if vague else 0.8) else "") for thing in scene.things)
     asked = replace(scene, things=things, background=scene.background if keep(0.9) else "",
                     relation=scene.relation if keep(0.9) else "")
     form = "plain" if full else str(rng.choice(["plain", "background first", "telegram"], p=(0.7, 0.15, 0.15)))

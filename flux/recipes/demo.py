@@ -184,6 +184,9 @@ class PairTask:
     def batch(self, step: int, micro: int):
         return self.pairs(draws.rng(self.settings.seed, "pairs", step, micro))
 
+    def held_out(self) -> list:
+        return [self.pairs(draws.rng("held out"), held_out=True)]
+
     def logits(self, batch) -> Tensor:
         image, ids = batch
         seen = self.model["vision"].pool(self.model["vision"](image))
@@ -240,6 +243,8 @@ class TrainFlow(Training):
     reading: float = 0.1        # weight of telling shape and colour under each token: teaches to read before drawing
     scenes: int = 24_000        # pictures whose latents are made once; their captions vary at every visit
     drop: float = 0.1           # share of captions left empty: what guidance compares with
+    singles: float = 0.65       # share of scenes with one object, whose place a caption may leave open
+    vague: float = 0.5          # share of captions that seldom say it: to settle on one place is what is hard to learn
     warm: bool = False          # begin with the shipped transformer and T5 instead of from nothing
 
     def task(self):
@@ -263,6 +268,8 @@ class FlowTask:
             self.model["flux"].load_state_dict(weights.load_flux(found, DEMO.flux, torch.float32).state_dict())
             self.model["t5"].load_state_dict(weights.load_t5(found, DEMO.t5, torch.float32).state_dict())
         self.scenes = [world.sample_scene(draws.rng(settings.seed, "scene", i)) for i in range(settings.scenes)]
+        things = np.array([len(scene.things) for scene in self.scenes])
+        self.single, self.double = (np.flatnonzero(things == count) for count in (1, 2))
         self.there = torch.stack([what_is_where(scene) for scene in self.scenes])
         self.hidden: Tensor | None = None  # (B, 64, D), image tokens half-way through the transformer
         self.model["flux"].single_blocks[1].register_forward_hook(self.keep_hidden)
@@ -298,17 +305,32 @@ class FlowTask:
 
     def batch(self, step: int, micro: int):
         rows, rng = self.draw(step, micro)
-        captions = [world.sample_caption(self.scenes[i], rng).text for i in rows]
+        captions = [world.sample_caption(self.scenes[i], rng, vague=rng.random() < self.settings.vague).text for i in rows]
         captions = [caption if rng.random() >= self.settings.drop else "" for caption in captions]
         generator = draws.generator(self.settings.seed, "noise", step, micro)
         x0 = self.tokens[torch.from_numpy(rows)]
         eps = torch.randn(x0.shape, generator=generator)
         return x0, eps, flow.draw_sampled_t(len(x0), generator, self.mu), captions, self.there[rows].long()
 
+    @torch.no_grad()
+    def held_out(self) -> list:
+        """Four batches of scenes with combinations that training never shows, at fixed times."""
+        batches = []
+        for i in range(4):
+            rng, generator = draws.rng("held out", i), draws.generator("held out", i)
+            scenes = [world.sample_scene(rng, held_out=True) for _ in range(24)]
+            x0 = latents.pack(self.autoencoder.encode(to_image(np.stack([world.render(scene)[0] for scene in scenes]))))
+            batches.append((x0, torch.randn(x0.shape, generator=generator), flow.draw_sampled_t(24, generator, self.mu),
+                            [world.sample_caption(scene, rng).text for scene in scenes],
+                            torch.stack([what_is_where(scene) for scene in scenes]).long()))
+        return batches
+
     def draw(self, step: int, micro: int) -> tuple[np.ndarray, np.random.Generator]:
         """The scenes of a batch, and the generator for what else is drawn on its side."""
         rng = draws.rng(self.settings.seed, "flow", step, micro)
-        return rng.integers(0, len(self.scenes), self.settings.batch), rng
+        single = rng.random(self.settings.batch) < self.settings.singles
+        one, two = (rng.choice(rows, self.settings.batch) for rows in (self.single, self.double))
+        return np.where(single, one, two), rng
 
     def names(self, step: int, micro: int) -> list[str]:
         return [f"scene {i} ({world.write_caption(self.scenes[i])})" for i in self.draw(step, micro)[0]]
@@ -410,8 +432,13 @@ class GuidanceTask(FlowTask):
         del self.model["reader"]
 
     def batch(self, step: int, micro: int):
-        share = torch.rand(self.settings.batch, generator=draws.generator(self.settings.seed, "guidance", step, micro))
-        return *super().batch(step, micro), 1 + (self.strongest - 1) * share
+        return *super().batch(step, micro), self.strengths(self.settings.batch, "guidance", step, micro)
+
+    def held_out(self) -> list:
+        return [(*batch, self.strengths(24, "held out guidance", i)) for i, batch in enumerate(super().held_out())]
+
+    def strengths(self, count: int, *key: int | str) -> Tensor:
+        return 1 + (self.strongest - 1) * torch.rand(count, generator=draws.generator(self.settings.seed, *key))
 
     def loss(self, batch) -> Tensor:
         x0, eps, t, captions, _, guidance = batch

@@ -4,6 +4,7 @@ The whole road of the project in one file: text encoders -> noise -> Euler steps
 Training takes the same road with `flow.loss` in place of Euler.
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,7 +16,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from flux import checkpoint, conditioning, data, device, draws, flow, latents, pictures, weights
+from flux import checkpoint, conditioning, data, device, draws, flow, latents, parallel, pictures, weights
 from flux.cache import Cache, content, source
 from flux.config import preset
 from flux.demo import scene
@@ -101,8 +102,14 @@ class FineTune(Training):
     edge: int | None = None  # pixels: pictures go into buckets of about edge x edge; default: the model's own size
     guidance: float = 1.0  # distilled guidance the transformer is told; 1 is the plain conditional velocity
     drop: float = 0.1  # share of captions left empty
-    cache: bool = True  # keep latents and text features in the folder cache/ of --out; runs share them
+    held_out: float = 0.05  # share of the pictures that training never sees, for the validation loss
+    cache: bool = True  # make latents and text features once, into the folder cache/ of --out, which runs share
     lr: float = 1e-5  # learning rate of AdamW after warmup
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.held_out < 1:
+            raise UserError(f"--held-out {self.held_out}: expected a share from 0 to below 1, such as 0.05")
 
     def task(self):
         return FineTuneTask(self)
@@ -116,17 +123,31 @@ class FineTuneTask:
             raise UserError("--data is missing, expected a folder of pictures with captions; add --data FOLDER")
         self.settings, self.preset = settings, preset(settings.model)
         self.place, _ = device.choose(settings.device)
-        self.items = data.load(settings.data, settings.edge or self.preset.width)
-        found = weights.find(self.preset, settings.weights)
-        weights.require(found, "flux", "ae", "clip", "t5", "tokenizer", "tokenizer_2")
-        frozen = torch.float32 if self.place.type == "cpu" else torch.bfloat16
-        self.encoders = conditioning.TextEncoders(found, self.preset, frozen, self.place)
-        self.autoencoder = weights.load_autoencoder(found, self.preset.autoencoder, torch.float32, self.place)
-        self.model = weights.load_flux(found, self.preset.flux, torch.float32, self.place).requires_grad_(True)
+        items = data.load(settings.data, settings.edge or self.preset.width)
+        self.items, self.unseen = data.hold_out(items, settings.held_out)
+        self.found = weights.find(self.preset, settings.weights)
+        weights.require(self.found, "flux", "ae", "clip", "t5", "tokenizer", "tokenizer_2")
+        self.frozen = torch.float32 if self.place.type == "cpu" else torch.bfloat16
+        self.encoders: conditioning.TextEncoders | None = None  # until a caption comes that is not in the cache
+        self.autoencoder = weights.load_autoencoder(self.found, self.preset.autoencoder, torch.float32, self.place)
         self.cache = Cache(settings.out / "cache" if settings.cache else None)
-        made_by = {part: source(found[part].path) for part in ("ae", "clip", "t5", "tokenizer", "tokenizer_2")}
+        made_by = {part: source(self.found[part].path) for part in ("ae", "clip", "t5", "tokenizer", "tokenizer_2")}
         self.latents_from = "latents", self.place.type, made_by.pop("ae")
-        self.features_from = "features", self.place.type, str(frozen), self.preset.t5_length, *made_by.values()
+        self.features_from = "features", self.place.type, str(self.frozen), self.preset.t5_length, *made_by.values()
+        self.fill_cache()
+        self.model = weights.load_flux(self.found, self.preset.flux, torch.float32, self.place).requires_grad_(True)
+
+    def fill_cache(self) -> None:
+        """All that a run will need, each process its share of it; then the encoders' memory is the transformer's."""
+        items, team = [*self.items, *self.unseen], parallel.join()
+        captions = dict.fromkeys(["", *(item.caption for item in items)])
+        todo = [partial(self.latent, item) for item in items if not self.cache.has(self.latent_key(item))]
+        todo += [partial(self.features, [caption]) for caption in captions if not self.cache.has(self.features_key(caption))]
+        with team.together():
+            for make in tqdm(todo[team.rank::team.size], desc="latents and features", disable=None):
+                if self.cache.folder:  # until nothing more can be kept, or if nothing is to be
+                    make()
+        self.encoders = None
 
     def trainable(self) -> nn.Module:
         return self.model
@@ -136,24 +157,44 @@ class FineTuneTask:
         rng = draws.rng(self.settings.seed, "caption", step, micro)
         captions = [item.caption if rng.random() >= self.settings.drop else "" for item in items]
         generator = draws.generator(self.settings.seed, "noise", step, micro)
+        times = flow.draw_t(len(items), generator, mean=flow.mu(math.prod(items[0].size) // 256))
+        return self.noised(items, captions, times, generator)
+
+    def held_out(self) -> list:
+        """A batch for each picture that was kept apart, at four times from almost clear to almost noise."""
+        times = torch.tensor([0.125, 0.375, 0.625, 0.875])
+        return [self.noised([item] * 4, [item.caption] * 4, times, draws.generator(self.settings.seed, "held out", i))
+                for i, item in enumerate(self.unseen)]
+
+    def noised(self, items: list[data.Item], captions: list[str], times: Tensor, generator: torch.Generator):
+        """What `loss` takes: the pictures of one bucket, noise from the generator."""
         x0 = latents.pack(torch.cat([self.latent(item) for item in items])).to(self.place)
         eps = torch.randn(x0.shape, generator=generator).to(self.place)
-        t = flow.draw_t(len(x0), generator, mean=flow.mu(x0.shape[1])).to(self.place)
         txt, vec = self.features(captions)
-        return x0, eps, t, conditioning.condition(txt, vec, *items[0].size, self.settings.guidance)
+        cond = conditioning.condition(txt, vec, *items[0].size, self.settings.guidance)
+        return x0, eps, times.to(self.place), cond
 
     @torch.no_grad()
     def latent(self, item: data.Item) -> Tensor:
         """(1, 16, h, w), each picture alone, so that it does not depend on its neighbours in a batch."""
-        return self.cache.get((*self.latents_from, item.size, content(item.path)), lambda: {
+        return self.cache.get(self.latent_key(item), lambda: {
             "latent": self.autoencoder.encode(data.images([item]).to(self.place)).cpu()})["latent"]
+
+    def latent_key(self, item: data.Item) -> tuple:
+        return *self.latents_from, item.size, content(item.path)
 
     def features(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """txt (B, L_txt, 4096), vec (B, 768), float32, each caption alone."""
-        rows = [self.cache.get((*self.features_from, caption), partial(self.encode, caption)) for caption in captions]
+        rows = [self.cache.get(self.features_key(caption), partial(self.encode, caption)) for caption in captions]
         return tuple(torch.cat([row[name] for row in rows]).to(self.place).float() for name in ("txt", "vec"))
 
+    def features_key(self, caption: str) -> tuple:
+        return *self.features_from, caption
+
+    @torch.no_grad()
     def encode(self, caption: str) -> dict[str, Tensor]:
+        if self.encoders is None:
+            self.encoders = conditioning.TextEncoders(self.found, self.preset, self.frozen, self.place)
         txt, vec = self.encoders([caption])
         return {"txt": txt.cpu(), "vec": vec.cpu()}
 
