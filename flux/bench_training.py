@@ -11,11 +11,10 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 import train
-from flux import bench, draws
-from flux.demo import scene
+from flux import bench
+from flux.demo.folder import write
 from flux.device import choose
 from flux.recipes import demo, t2i
 
@@ -41,12 +40,7 @@ def loop(steps: int, folder: Path) -> str:
 def epochs(count: int, folder: Path) -> str:
     """Rendered pictures with captions as a data folder: batches made afresh, and read from the cache."""
     source = folder / "pictures"
-    source.mkdir()
-    for i in range(count):
-        rng = draws.rng("bench", i)
-        picture = scene.sample_scene(rng)
-        Image.fromarray(scene.render(picture)[0]).save(source / f"{i:04d}.png")
-        (source / f"{i:04d}.txt").write_text(scene.sample_caption(picture, rng).text)
+    write(source, count)
     seconds, whole = {}, {}
     for cached in (False, True):
         task = t2i.FineTune(data=source, out=folder, batch=4, cache=cached, held_out=0.0).task()
