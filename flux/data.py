@@ -223,7 +223,8 @@ def survey(items: list[Item], edge: int) -> Survey:
 def load(path: str | Path, edge: int) -> list[Item]:
     """The items of a data set, ready for `batches`; says on standard error what was skipped or looks wrong."""
     found = survey(find(path), edge)
-    print(f"data {path}:", *found.lines(), sep="\n", file=sys.stderr)
+    if os.environ.get("RANK", "0") == "0":  # one of several processes is enough
+        print(f"data {path}:", *found.lines(), sep="\n", file=sys.stderr)
     found.refuse()
     return found.items
 

@@ -10,7 +10,7 @@ from PIL import Image
 import train
 from flux import checkpoint, cli, pictures, weights
 from flux.config import DEMO
-from flux.demo import scene
+from flux.demo import pair_stage, scene
 from flux.errors import UserError
 from flux.recipes import demo, t2i
 
@@ -22,9 +22,8 @@ def shipped(tmp_path, monkeypatch):
     """A copy of the demo's weights that stages may overwrite."""
     folder = tmp_path / "weights"
     shutil.copytree(weights.DEMO, folder)
-    monkeypatch.setattr(demo, "WEIGHTS", folder)
     monkeypatch.setattr(weights, "DEMO", folder)
-    monkeypatch.setattr(demo, "train_tokenizers", lambda: None)  # seconds
+    monkeypatch.setattr(pair_stage, "train_tokenizers", lambda: None)  # seconds
     return folder
 
 

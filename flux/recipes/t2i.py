@@ -224,7 +224,8 @@ class FineTuneTask:
 
     def save(self, folder: Path) -> None:
         checkpoint.save(folder / "final.safetensors", self.model.state_dict(), {"config": str(self.settings)})
-        print(f"draw with it: python sample.py --model {self.settings.model} --flux {folder / 'final.safetensors'} ...")
+        if parallel.join().leads:
+            print(f"draw with it: python sample.py --model {self.settings.model} --flux {folder / 'final.safetensors'} ...")
 
 
 SAMPLE = TextToImage
