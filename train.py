@@ -103,7 +103,7 @@ def train(task, settings, run: Path) -> Counter:
     owned = {id(p) for group in optimiser.param_groups for p in group["params"]}
     assert owned == {id(p) for p in model.parameters() if p.requires_grad}, "the optimiser owns what requires grad"
     ema = Ema(parameters, settings.ema)
-    step = resume.load(run, settings.resume, parameters, optimiser, ema.average, team)
+    step = resume.load(run, settings.resume, parameters, optimiser, ema.average, team, cli.as_dict(settings))
     with team.one_by_one():
         run.mkdir(parents=True, exist_ok=True)
         resume.cut_metrics(run / "metrics.jsonl", step)
@@ -121,7 +121,7 @@ def train(task, settings, run: Path) -> Counter:
     def save():
         with team.together():
             guard.state(step, ema.average, optimiser)
-        resume.save(run, step, parameters, optimiser, ema.average, settings.keep, team)
+        resume.save(run, step, parameters, optimiser, ema.average, settings.keep, team, cli.as_dict(settings))
 
     def averaged(*act):
         """What an act of the task gives with the averaged weights, and without gradients."""

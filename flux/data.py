@@ -262,20 +262,11 @@ def batches(items: list[Item], batch: int, seed: int, start_step: int = 0) -> It
         number, skip = number + 1, 0
 
 
-def images(batch: list[Item]) -> "Tensor":
-    """The pictures of one batch -> (B, 3, H, W) in [-1, 1]."""
-    return _image([(item.path, item.size) for item in batch])
-
-
-def sources(batch: list[Item]) -> "Tensor":
-    """The same for what they are learned from; every item must have a source."""
-    return _image([(item.source, item.size) for item in batch])
-
-
-def _image(files: list[tuple[Path, tuple[int, int]]]) -> "Tensor":
+def images(batch: list[Item], part: str = "path") -> "Tensor":
+    """The pictures of one batch -> (B, 3, H, W) in [-1, 1]; with part="source" what they are learned from."""
     import torch
 
-    return torch.cat([pictures.to_tensor(fit(pictures.read(path), size)) for path, size in files])
+    return torch.cat([pictures.to_tensor(fit(pictures.read(getattr(item, part)), item.size)) for item in batch])
 
 
 def masks(batch: list[Item]) -> "Tensor":

@@ -10,6 +10,7 @@ import errno
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -25,8 +26,11 @@ REMEDY = "name another with --resume, or start anew with --resume none"
 
 
 def save(run: Path, step: int, parameters: dict[str, Tensor], optimiser: torch.optim.Optimizer, average: dict[str, Tensor],
-         keep: int = 2, team: parallel.Team = parallel.ALONE) -> Path:
-    """Write `run/checkpoints/step-000500`, then delete all but the newest `keep`. A full disk is an OSError, no change."""
+         keep: int = 2, team: parallel.Team = parallel.ALONE, settings: Mapping | None = None) -> Path:
+    """Write `run/checkpoints/step-000500`, then delete all but the newest `keep`. A full disk is an OSError, no change.
+
+    settings: of the run, as JSON has them, for the manifest.
+    """
     folder = run / "checkpoints" / f"step-{step:06d}"
     draft = folder.with_name(f".{folder.name}")
     moments = {f"{key}.{name}": value for name, p in parameters.items() for key, value in optimiser.state[p].items()}
@@ -44,18 +48,18 @@ def save(run: Path, step: int, parameters: dict[str, Tensor], optimiser: torch.o
             if team.leads:
                 for name, tensors in () if split else parts.items():
                     checkpoint.save(draft / f"{name}.safetensors", tensors)
-                _publish(run, draft, folder, step, keep)
+                _publish(run, draft, folder, keep, {"step": step, "settings": dict(settings or {})})
     finally:
         if team.leads:
             shutil.rmtree(draft, ignore_errors=True)
     return folder
 
 
-def _publish(run: Path, draft: Path, folder: Path, step: int, keep: int) -> None:
+def _publish(run: Path, draft: Path, folder: Path, keep: int, about: dict) -> None:
     aside, latest = folder.with_name(f"{folder.name}-old"), folder.with_name("latest")
     files = {str(file.relative_to(draft)): {"bytes": file.stat().st_size, "sha256": cache.content(file)}
              for file in sorted(draft.rglob("*.safetensors"))}
-    _write(draft / "manifest.json", json.dumps({"step": step, "files": files}, indent=1))
+    _write(draft / "manifest.json", json.dumps(about | {"files": files}, indent=1))
     if folder.exists():  # the run was started anew, or stopped where it began; `load` finds the old one meanwhile
         shutil.rmtree(aside, ignore_errors=True)
         latest.unlink(missing_ok=True)
@@ -101,10 +105,11 @@ def _by_age(run: Path) -> list[Path]:
 
 
 def load(run: Path, how: str, parameters: dict[str, Tensor], optimiser: torch.optim.Optimizer, average: dict[str, Tensor],
-         team: parallel.Team = parallel.ALONE) -> int:
+         team: parallel.Team = parallel.ALONE, settings: Mapping | None = None) -> int:
     """Fill everything from a checkpoint and return its step; 0 for a fresh start. What a killed save left is removed.
 
-    `how`: auto (the newest of this run, if any), none, or the folder of a checkpoint, which must then be there.
+    `how`: auto (the newest of this run, if any), none, or the folder of a checkpoint, which must then be there. Which
+    `settings` are not those of the save is said: from there on it is another run.
     """
     with team.one_by_one():
         for leftover in (run / "checkpoints").glob(".step-*"):
@@ -118,7 +123,11 @@ def load(run: Path, how: str, parameters: dict[str, Tensor], optimiser: torch.op
         folder = run / "checkpoints" / latest.read_text() if latest.exists() else manifests[-1].parent
     else:
         folder = Path(how)
-    step = _whole(folder)
+    step, before = _whole(folder)
+    changed = [f"{name} {value} (was {before[name]})" for name, value in (settings or {}).items()
+               if before.get(name, value) != value]
+    if changed and team.leads:
+        print(f"{folder}: going on from step {step} with {', '.join(changed)}", file=sys.stderr)
     (model, fill_model), (ema, fill_ema), (moments, fill_moments) = (_open(folder, part) for part in PARTS)
     expected = {name: p.shape for name, p in parameters.items()}
     for found in (model, ema):
@@ -167,12 +176,13 @@ def _moments(folder: Path, name: str, p: Tensor, keys: tuple[str, ...], shapes: 
     return {key: torch.empty((), device=p.device) if key == "step" else torch.empty_like(p.detach()) for key in found}
 
 
-def _whole(folder: Path) -> int:
-    """The step of a checkpoint, all of whose files have the sizes and hashes that its manifest says."""
+def _whole(folder: Path) -> tuple[int, dict]:
+    """The step and settings of a checkpoint, all of whose files have the sizes and hashes that its manifest says."""
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        step, files = int(manifest["step"]), {str(name): (int(about["bytes"]), str(about["sha256"]))
-                                              for name, about in manifest["files"].items()}
+        step, settings = int(manifest["step"]), dict(manifest.get("settings", {}))
+        files = {str(name): (int(about["bytes"]), str(about["sha256"]))
+                 for name, about in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} holds no whole checkpoint (its manifest.json is not there or damaged); expected a folder "
                         f"like checkpoints/step-000500; {REMEDY}") from error
@@ -184,7 +194,7 @@ def _whole(folder: Path) -> int:
         if not path.is_file() or path.stat().st_size != size or cache.content(path) != digest:
             raise UserError(f"{path} is not what its manifest says, {size} bytes with the sha256 {digest[:12]}; expected a "
                             f"whole checkpoint; {REMEDY}")
-    return step
+    return step, settings
 
 
 def cut_metrics(path: Path, step: int) -> None:

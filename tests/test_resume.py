@@ -383,6 +383,13 @@ def test_loading_copies(tmp_path):
     assert all(file.read_bytes() == content for file, content in files.items())
 
 
+def test_settings_that_changed_are_said(tmp_path, capsys):
+    train.train(Task(), replace(SETTINGS, steps=3), tmp_path)
+    assert "going on" not in capsys.readouterr().err
+    train.train(Task(), replace(SETTINGS, lr=3e-2), tmp_path)
+    assert "going on from step 3 with steps 8 (was 3), lr 0.03 (was 0.01)\n" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("keep", (1, 2, 5))
 def test_keep(keep, tmp_path):
     for step in range(1, 5):
