@@ -123,17 +123,13 @@ def train(task, settings, run: Path) -> Counter:
             guard.state(step, ema.average, optimiser)
         resume.save(run, step, parameters, optimiser, ema.average, settings.keep, team, cli.as_dict(settings))
 
-    def averaged(*act):
-        """What an act of the task gives with the averaged weights, and without gradients."""
+    @contextmanager
+    def averaged():
+        """The task with the averaged weights, not learning."""
         model.eval()
         with ema.applied(), torch.no_grad():
-            result = parallel.bare(engine)(*act)
+            yield parallel.bare(engine)
         model.train()
-        return result
-
-    def validation():
-        with autocast:
-            return sum(averaged("loss", batch).mean().item() for batch in held_out) / len(held_out)
 
     def due(every):
         return every and (step % every == 0 or step == settings.steps)
@@ -173,10 +169,12 @@ def train(task, settings, run: Path) -> Counter:
                        "grad_norm": round(size, 4), "seconds": round(time.perf_counter() - started, 4)}
                 with log.time("validation and samples"):
                     if held_out and due(settings.validate_every):
-                        row["validation"] = validation()
+                        with averaged() as act, autocast:
+                            row["validation"] = sum(act("loss", batch).mean().item() for batch in held_out) / len(held_out)
                     log(row | guard.unusual(row))
-                    if due(settings.sample_every):
-                        log.look(averaged("preview") if settings.shard or team.leads else None, step)
+                    if due(settings.sample_every) and (settings.shard or team.leads):
+                        with averaged() as act:
+                            log.look(act("preview"), step)
                 if due(settings.save_every):
                     with log.time("saving"):
                         save()

@@ -10,7 +10,7 @@ from PIL import Image
 import train
 from flux import checkpoint, cli, pictures, weights
 from flux.config import DEMO
-from flux.demo import pair_stage, scene
+from flux.demo import flow_stage, pair_stage, scene
 from flux.errors import UserError
 from flux.recipes import demo, t2i
 
@@ -63,6 +63,33 @@ def test_the_flow_learns_one_batch(shipped, tmp_path):
         optimiser.zero_grad()
         losses.append(loss.item())
     assert losses[-1] < 0.5 * losses[0]
+
+
+def test_noise_that_settles_a_scene_is_still_gaussian():
+    """Over scenes of all places and sizes, each number alone, pairs of them, and the pattern's sums; what the caption says,
+    and a scene of two, leave it alone."""
+    rng = np.random.default_rng(0)
+    scenes = [scene.sample_scene(rng, things=1) for _ in range(2000)]
+    plain = torch.randn(2000, 64, 64, generator=torch.Generator().manual_seed(0))
+    said = [scene.sample_caption(one, rng, full=True).asked for one in scenes]
+    assert torch.equal(torch.stack(list(map(flow_stage.settle, plain, scenes, said))), plain)
+    assert torch.equal(flow_stage.settle(plain[0], scene.sample_scene(rng, things=2), None), plain[0])
+    noise = torch.stack([flow_stage.settle(one, drawn, None) for one, drawn in zip(plain, scenes, strict=True)])
+    assert abs(noise.mean()) < 2e-3 and abs(noise.var() - 1) < 2e-3
+    assert abs(noise.var(0) - 1).max() < 0.18 and noise.mean(0).abs().max() < 0.12
+    some = noise.flatten(1)[:, ::9]
+    assert (some.T @ some / 2000 - torch.eye(some.shape[1])).abs().max() < 0.18
+    pattern = torch.tensor([1.0, -1.0, -1.0, 1.0]).repeat(16)
+    sums = (noise @ pattern).view(-1, 8, 8)
+    blocks = torch.stack([sums[:, round(8 * y) - 1:round(8 * y) + 1, round(8 * x) - 1:round(8 * x) + 1].sum((1, 2))
+                          for x, y in scene.PLACES.values()], dim=1) / 16
+    assert abs(blocks.mean()) < 0.03 and (blocks.std(0) - 1).abs().max() < 0.05
+    names = list(scene.PLACES)
+    assert [names[i] for i in blocks.argmax(1)] == [one.things[0].place for one in scenes]
+    rest = (sums.sum((1, 2)) / 16 - blocks.sum(1)) / (44 / 4) ** 0.5
+    thirds = torch.special.ndtr(rest) * 3
+    assert [list(scene.SIZES)[int(third)] for third in thirds] == [one.things[0].size for one in scenes]
+    assert abs(rest.mean()) < 0.07 and abs(rest.std() - 1) < 0.05
 
 
 def test_guidance_learns_from_a_frozen_teacher(shipped, tmp_path):

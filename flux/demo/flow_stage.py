@@ -41,6 +41,7 @@ class TrainFlow(Training):
     drop: float = 0.1           # share of captions left empty: what guidance compares with
     singles: float = 0.65       # share of scenes with one object, whose place a caption may leave open
     vague: float = 0.5          # share of captions that seldom say it: to settle on one place is what is hard to learn
+    settle: bool = True         # pair scenes with noise that tells what their caption leaves open
     warm: bool = False          # begin with the shipped transformer and T5 instead of from nothing
 
     def task(self):
@@ -102,12 +103,16 @@ class FlowTask:
 
     def batch(self, step: int, micro: int):
         rows, rng = self.draw(step, micro)
-        captions = [world.sample_caption(self.scenes[i], rng, vague=rng.random() < self.settings.vague).text for i in rows]
-        captions = [caption if rng.random() >= self.settings.drop else "" for caption in captions]
+        captions = [world.sample_caption(self.scenes[i], rng, vague=rng.random() < self.settings.vague) for i in rows]
+        captions = [caption if rng.random() >= self.settings.drop else world.Caption("", None) for caption in captions]
         generator = draws.generator(self.settings.seed, "noise", step, micro)
         x0 = self.tokens[torch.from_numpy(rows)]
         eps = torch.randn(x0.shape, generator=generator)
-        return x0, eps, flow.draw_sampled_t(len(x0), generator, self.mu), captions, self.there[rows].long()
+        if self.settings.settle:
+            eps = torch.stack([settle(noise, self.scenes[i], caption.asked)
+                               for noise, i, caption in zip(eps, rows, captions, strict=True)])
+        t = flow.draw_sampled_t(len(x0), generator, self.mu)
+        return x0, eps, t, [caption.text for caption in captions], self.there[rows].long()
 
     @torch.no_grad()
     def held_out(self) -> list:
@@ -167,6 +172,36 @@ def what_is_where(scene: world.Scene) -> Tensor:
     for thing, share in zip(scene.things, covered, strict=True):
         there[share > 1 / 12] = world.SHAPES.index(thing.shape), list(world.COLOURS).index(thing.colour)
     return torch.from_numpy(there)
+
+
+def settle(noise: Tensor, scene: world.Scene, asked: world.Scene | None) -> Tensor:
+    """Noise (64, 64) that tells the place and the size of a lone object where the caption leaves them open.
+
+    Which noise a picture is paired with is free as long as each caption's noise stays Gaussian (arXiv 2302.00482, section
+    3.2). Paired at random, the flow begins towards the mean of all places, and a small model comes to rest between two.
+    Here the place is where a pattern in the noise is strongest, and the size the third of the normal distribution in which
+    the pattern outside of all places lies.
+    """
+    if len(scene.things) == 2:
+        return noise
+    thing, noise = scene.things[0], noise.clone()
+    pattern = torch.tensor([1.0, -1.0, -1.0, 1.0]).repeat(noise.shape[1] // 4)  # fine checks, of which latents have little
+    edge = DEMO.width // 16
+    grid = torch.arange(edge * edge).view(edge, edge)
+    blocks = {name: grid[round(y * edge) - 1:round(y * edge) + 1, round(x * edge) - 1:round(x * edge) + 1].flatten()
+              for name, (x, y) in world.PLACES.items()}
+    if not (asked and asked.things[0].place):
+        strongest = max(blocks, key=lambda name: (noise[blocks[name]] * pattern).sum())
+        here, there = blocks[strongest], blocks[thing.place]
+        noise[here], noise[there] = noise[there], noise[here]
+    if not (asked and asked.things[0].size):
+        rest = torch.ones(len(noise), dtype=torch.bool)
+        rest[torch.cat(list(blocks.values()))] = False
+        scale = noise[rest].numel() ** 0.5
+        z = (noise[rest] * pattern).sum() / scale
+        third = (list(world.SIZES).index(thing.size) + torch.special.ndtr(z)) / len(world.SIZES)
+        noise[rest] += (torch.special.ndtri(third) - z) * pattern / scale
+    return noise
 
 
 def begin_as_identity(model: Flux) -> None:
