@@ -109,8 +109,8 @@ class FlowTask:
         x0 = self.tokens[torch.from_numpy(rows)]
         eps = torch.randn(x0.shape, generator=generator)
         if self.settings.settle:
-            eps = torch.stack([settle(noise, self.scenes[i], caption.asked)
-                               for noise, i, caption in zip(eps, rows, captions, strict=True)])
+            eps = torch.stack([settle(*pair, self.scenes[i], caption.asked)
+                               for *pair, i, caption in zip(eps, x0, rows, captions, strict=True)])
         t = flow.draw_sampled_t(len(x0), generator, self.mu)
         return x0, eps, t, [caption.text for caption in captions], self.there[rows].long()
 
@@ -138,17 +138,19 @@ class FlowTask:
         return [f"scene {i} ({world.write_caption(self.scenes[i])})" for i in self.draw(step, micro)[0]]
 
     def loss(self, batch) -> Tensor:
-        """The flow's, and a second that only the object's tokens have: which shape and colour lies under each.
+        """The flow's, and a second at each token: which shape and colour lies under it, or none.
 
         Drawing rewards reading late, because words for shapes explain so little of a picture's squared error; an aligned
         half-way layer learns them at once (as arXiv 2410.06940, with the renderer's truth for the encoder's features).
         """
         x0, eps, t, captions, there = batch
         drawing = flow.loss(conditioning.velocity(self.model["flux"], self.condition(captions)), x0, eps, t)
+        shape, colour = self.model["reader"](self.hidden).float().split((len(world.SHAPES), len(world.COLOURS)), -1)
+        shape = torch.cat((shape, torch.zeros_like(shape[..., :1])), dim=-1)  # the last: no object
         covered = there[..., 0] >= 0
-        shape, colour = self.model["reader"](self.hidden[covered]).float().split((len(world.SHAPES), len(world.COLOURS)), -1)
-        said = there[covered]
-        return drawing + self.settings.reading * (F.cross_entropy(shape, said[:, 0]) + F.cross_entropy(colour, said[:, 1]))
+        shapes = torch.where(covered, there[..., 0], len(world.SHAPES))
+        reading = F.cross_entropy(shape.transpose(1, 2), shapes) + F.cross_entropy(colour[covered], there[covered][:, 1])
+        return drawing + self.settings.reading * reading
 
     def keep_hidden(self, block, inputs, out: Tensor) -> None:
         self.hidden = out[:, -self.tokens.shape[1]:]
@@ -174,33 +176,32 @@ def what_is_where(scene: world.Scene) -> Tensor:
     return torch.from_numpy(there)
 
 
-def settle(noise: Tensor, scene: world.Scene, asked: world.Scene | None) -> Tensor:
+def settle(noise: Tensor, x0: Tensor, scene: world.Scene, asked: world.Scene | None) -> Tensor:
     """Noise (64, 64) that tells the place and the size of a lone object where the caption leaves them open.
 
     Which noise a picture is paired with is free as long as each caption's noise stays Gaussian (arXiv 2302.00482, section
     3.2). Paired at random, the flow begins towards the mean of all places, and a small model comes to rest between two.
-    Here the place is where a pattern in the noise is strongest, and the size the third of the normal distribution in which
-    the pattern outside of all places lies.
+    Here the object comes where the noise looks most like it (its mean token less the background's), by an exchange of two
+    patches; and its size is the third of the normal distribution in which the likeness around it lies.
     """
     if len(scene.things) == 2:
         return noise
-    thing, noise = scene.things[0], noise.clone()
-    pattern = torch.tensor([1.0, -1.0, -1.0, 1.0]).repeat(noise.shape[1] // 4)  # fine checks, of which latents have little
-    edge = DEMO.width // 16
-    grid = torch.arange(edge * edge).view(edge, edge)
-    blocks = {name: grid[round(y * edge) - 1:round(y * edge) + 1, round(x * edge) - 1:round(x * edge) + 1].flatten()
-              for name, (x, y) in world.PLACES.items()}
+    thing, noise, edge = scene.things[0], noise.clone(), DEMO.width // 16
+    grid, blocks, around = torch.arange(edge * edge).view(edge, edge), {}, {}
+    for name, (x, y) in world.PLACES.items():  # the 2 x 2 tokens of a place, and 4 x 4
+        row, column = round(y * edge) - 1, round(x * edge) - 1
+        blocks[name] = grid[row:row + 2, column:column + 2].flatten()
+        around[name] = grid[row - 1:row + 3, column - 1:column + 3].flatten()
+    look = F.normalize(x0[blocks[thing.place]].mean(0) - x0[[0, edge - 1, -edge, -1]].mean(0), dim=0)  # against the corners
     if not (asked and asked.things[0].place):
-        strongest = max(blocks, key=lambda name: (noise[blocks[name]] * pattern).sum())
-        here, there = blocks[strongest], blocks[thing.place]
+        most = max(blocks, key=lambda name: (noise[blocks[name]] * look).sum())
+        here, there = blocks[most], blocks[thing.place]
         noise[here], noise[there] = noise[there], noise[here]
     if not (asked and asked.things[0].size):
-        rest = torch.ones(len(noise), dtype=torch.bool)
-        rest[torch.cat(list(blocks.values()))] = False
-        scale = noise[rest].numel() ** 0.5
-        z = (noise[rest] * pattern).sum() / scale
+        ring = around[thing.place][~torch.isin(around[thing.place], torch.cat(list(blocks.values())))]
+        z = (noise[ring] * look).sum() / len(ring) ** 0.5
         third = (list(world.SIZES).index(thing.size) + torch.special.ndtr(z)) / len(world.SIZES)
-        noise[rest] += (torch.special.ndtri(third) - z) * pattern / scale
+        noise[ring] += (torch.special.ndtri(third) - z) * look / len(ring) ** 0.5
     return noise
 
 
