@@ -3,6 +3,7 @@
 import os
 import random
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -140,6 +141,12 @@ def test_all_is_made_before_the_first_step(tmp_path, monkeypatch):
         entry.unlink()
     for a, b in zip(second.held_out()[0][:3], again[:3], strict=True):
         assert torch.equal(a, b)
+
+
+def test_another_bucket_is_another_entry(tmp_path):
+    task = t2i.FineTune(data=pictures(tmp_path / "data", 1), out=tmp_path / "runs").task()
+    latents = [task.latent(replace(task.items[0], size=size)) for size in ((128, 128), (96, 160), (160, 96))]
+    assert [tuple(latent.shape) for latent in latents] == [(1, 16, 16, 16), (1, 16, 20, 12), (1, 16, 12, 20)]
 
 
 def test_an_edited_picture_is_seen(tmp_path):
