@@ -7,6 +7,7 @@ average, the checkpoints and what one looks at (metrics.jsonl, loss.png, samples
     batch(step, micro) -> object    drawn from (seed, step, micro) alone, so that a resumed run sees the same data
     loss(batch) -> Tensor           (B,), one per sample, or a scalar
     held_out() -> list[object]      batches that training never sees, for a validation loss; optional
+    ahead = True                    `batch` may run in a thread beside the step before; optional
     names(step, micro) -> list[str] of the samples in that batch, for messages; optional
     preview() -> PIL.Image | None   made with the averaged weights
     save(folder) -> None            the trained weights, averaged, in the form that the sampler loads
@@ -33,6 +34,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel  # noqa: E402
 
 from flux import optimiser as optimisers  # noqa: E402
 from flux import parallel, resume  # noqa: E402
+from flux.ahead import Ahead  # noqa: E402
 from flux.errors import UserError  # noqa: E402
 from flux.guards import Guard  # noqa: E402
 from flux.log import Log  # noqa: E402
@@ -114,6 +116,7 @@ def train(task, settings, run: Path) -> Counter:
     kernels = sdpa_kernel(SDPBackend.MATH) if settings.dtype == "bf16" and device == "cpu" else nullcontext()
     guard = Guard(task, settings, parameters, run, log.rows)
     held_out = task.held_out() if settings.validate_every and hasattr(task, "held_out") else []
+    batches = Ahead(task, share) if getattr(task, "ahead", False) else task.batch
     model.train()
     if step == 0 and team.leads:
         print(f"{run}: {sum(p.numel() for p in parameters.values()):,} parameters to train", flush=True)
@@ -145,7 +148,7 @@ def train(task, settings, run: Path) -> Counter:
                     with team.together(), log.time("data"):
                         if stopped:
                             raise KeyboardInterrupt
-                        batch = task.batch(step, micro)
+                        batch = batches(step, micro)
                     with team.gathering(engine, last=micro == share[-1]), log.time("forward and backward"):
                         with autocast:
                             losses = engine("loss", batch)

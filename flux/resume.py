@@ -91,9 +91,8 @@ def _write_split(folder: Path, tensors: dict[str, Tensor]) -> None:
     try:
         dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(folder, save_distributed=True))
     except dcp.CheckpointException as error:  # what any process met, raised in all of them
-        full = any(isinstance(one, OSError) and one.errno in (errno.ENOSPC, errno.EDQUOT) for one, _ in
-                   error.failures.values())
-        if not full:
+        numbers = {getattr(one, "errno", None) for one, _ in error.failures.values()}
+        if not numbers & {errno.ENOSPC, errno.EDQUOT}:
             raise
         needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(folder.parent).free
         raise OSError(errno.ENOSPC, f"no room: {needed} bytes needed, {free} free", str(folder)) from error

@@ -296,6 +296,21 @@ def test_the_average():
     assert p.tolist() == [1, 1]
 
 
+class Early(Task):
+    ahead = True
+
+
+def test_batches_made_ahead_are_the_same(whole, tmp_path):
+    """In whatever step it stops; what a batch raises comes in the step that asks for it."""
+    for step in (2, 5):
+        with pytest.raises(RuntimeError):
+            train.train(Early({(step, 1): crash}), SETTINGS, tmp_path)
+        assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == step
+    task = Early()
+    train.train(task, SETTINGS, tmp_path)
+    assert_equal(outcome(tmp_path, task), whole)
+
+
 class Validated(Task):
     def held_out(self):
         return [self.batch("held out", micro) for micro in range(3)]

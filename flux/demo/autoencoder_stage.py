@@ -45,6 +45,8 @@ class TrainAutoencoder(Training):
 class AutoencoderTask:
     """Smooth latents are what a small flow model learns fast: noise (KL) and scale equivariance (arXiv 2502.09509)."""
 
+    ahead = True  # rendering
+
     def __init__(self, settings: TrainAutoencoder):
         self.settings = settings
         torch.manual_seed(draws.seed_of(settings.seed, "autoencoder"))

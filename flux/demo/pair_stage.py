@@ -37,6 +37,8 @@ class PairTask:
     """Symmetric cross-entropy over the batch (arXiv 2103.00020, figure 3). Both towers end in the same width, so that
     neither needs a projection and the row that FLUX takes is itself in the shared space."""
 
+    ahead = True  # rendering
+
     def __init__(self, settings: TrainPair):
         self.settings = settings
         torch.manual_seed(draws.seed_of(settings.seed, "pair"))
