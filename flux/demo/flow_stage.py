@@ -182,8 +182,8 @@ def settle(noise: Tensor, x0: Tensor, scene: world.Scene, asked: world.Scene | N
     Which noise a picture is paired with is free as long as each caption's noise stays Gaussian (arXiv 2302.00482, section
     3.2). Paired at random, the flow begins towards the mean of all places, and a small model comes to rest between two.
     Here the object comes where the noise looks most like it (its mean token less the background's), by an exchange of two
-    patches; and its size is the third of the normal distribution in which the likeness around it lies. (Gaussian but for what
-    little an object's look depends on its place, under a gradient.)
+    patches; and its size is the third of the normal distribution in which the likeness around it lies. (Gaussian but for
+    what little an object's look depends on its place, under a gradient.)
     """
     if len(scene.things) == 2:
         return noise
