@@ -177,9 +177,10 @@ def train(task, settings, run: Path) -> Counter:
                     log(row | guard.unusual(row))
                     if due(settings.sample_every) and (settings.shard or team.leads):
                         with averaged() as act:
-                            log.look(act("preview"), step)
+                            log.sample(act("preview"), step)
                 if due(settings.save_every):
                     with log.time("saving"):
+                        log.plot()
                         save()
                 log.spent["all"] += time.perf_counter() - started
         except KeyboardInterrupt:

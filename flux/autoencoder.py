@@ -4,6 +4,8 @@ Attributes carry the key names of the released `ae.safetensors`. `encode` and `d
 make latents about unit variance, so nothing else in the project knows those constants.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from einops import rearrange
@@ -81,7 +83,7 @@ def _mid(channels: int, groups: int) -> nn.Module:
 def _level(widths: list[int], groups: int) -> nn.Module:
     """A resolution: residual blocks from each width to the next."""
     level = nn.Module()
-    level.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False))
+    level.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in pairwise(widths))
     return level
 
 
@@ -93,9 +95,9 @@ class Encoder(nn.Module):
         groups, widths = config.norm_groups, [config.ch * m for m in config.ch_mult]
         self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
         self.down = nn.ModuleList()
-        for before, width in zip([config.ch, *widths], widths, strict=False):
+        for before, width in pairwise([config.ch, *widths]):
             self.down.append(_level([before] + [width] * config.num_res_blocks, groups))
-        for level, width in zip(self.down[:-1], widths, strict=False):
+        for level, width in zip(self.down[:-1], widths[:-1], strict=True):
             level.downsample = Downsample(width)
         self.mid = _mid(widths[-1], groups)
         self.norm_out = _norm(widths[-1], groups)

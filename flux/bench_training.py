@@ -44,7 +44,6 @@ def epochs(count: int, folder: Path) -> str:
     seconds, whole = {}, {}
     for cached in (False, True):
         task = t2i.FineTune(data=source, out=folder, batch=4, cache=cached, held_out=0.0).task()
-        task.cache.folder = task.cache.folder if cached else None
         optimiser = train.optimisers.build(task.trainable(), task.settings)
         for seen, step in ((seconds, False), (whole, True)):
             rounds = []

@@ -381,11 +381,11 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] 
             file.flush()
             os.fsync(file.fileno())
         os.replace(part, path)
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise refuse(path, f"cannot be written ({error.strerror})", "a folder that takes it",
-                         "check the name and its permissions") from error
+                         "check its name and permissions") from error
         part.unlink(missing_ok=True)
         needed, free = 8 + len(text) + end, shutil.disk_usage(path.parent).free
         raise OSError(errno.ENOSPC, f"no room: {needed} bytes needed, {free} free", str(path)) from error
@@ -394,7 +394,7 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] 
             part.unlink()
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """The rename itself must reach the disk too; only POSIX has a way to ask for it."""
     if os.name == "posix":
         handle = os.open(folder, os.O_RDONLY)

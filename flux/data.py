@@ -49,8 +49,7 @@ class Item:
 
 
 def find(path: str | Path) -> list[Item]:
-    """A metadata.jsonl, a tar archive, or a folder with pictures or either -> its items, in a fixed order. No picture is
-    opened yet."""
+    """A metadata.jsonl, a tar archive, or a folder with pictures or either -> its items, in a fixed order, unopened."""
     path = Path(path)
     if not path.exists():
         raise UserError(f"no data at {path}; expected a folder of pictures, a metadata.jsonl or a .tar: check --data")
@@ -98,8 +97,7 @@ def jsonl(path: str | Path) -> list[Item]:
     except UserError:
         raise
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{path}, line {number}: {error}; expected one JSON object a line, in UTF-8: mend the "
-                        "line") from error
+        raise UserError(f"{path}, line {number}: {error}; expected one JSON object a line, in UTF-8: mend it") from error
     return items
 
 

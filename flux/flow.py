@@ -6,6 +6,7 @@ velocity and training regresses one; how it comes about (text, Fill, regions, re
 
 import math
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ def draw_sampled_t(count: int, generator: torch.Generator, mu: float) -> Tensor:
 
 def euler_steps(velocity: Velocity, img: Tensor, times: list[float]) -> Iterator[Tensor]:
     """The state after each step; for progress, previews, and changes on the way."""
-    for t, t_next in zip(times, times[1:], strict=False):
+    for t, t_next in pairwise(times):
         img = img + (t_next - t) * velocity(img, torch.full((img.shape[0],), t, dtype=img.dtype, device=img.device))
         yield img
 

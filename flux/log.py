@@ -56,13 +56,16 @@ class Log:
                 print(f"{self.run.name} step {row['step']}/{self.settings.steps} loss {smooth} {row['seconds']:.2f} s/step",
                       flush=True)
 
-    def look(self, picture: Image.Image | None, step: int) -> None:
-        """samples/step_*.png, and loss.png: each loss, their smoothed course, and the held-out set's where there is one."""
-        if not self.leads:
-            return
-        if picture is not None:
+    def sample(self, picture: Image.Image | None, step: int) -> None:
+        """samples/step_*.png, if the task gave one."""
+        if self.leads and picture is not None:
             (self.run / "samples").mkdir(exist_ok=True)
             pictures.write_png(self.run / "samples" / f"step_{step:06d}.png", picture, None)
+
+    def plot(self) -> None:
+        """loss.png: each loss, their smoothed course, and the held-out set's where there is one."""
+        if not self.leads:
+            return
         losses = [row["loss"] for row in self.rows]
         window = max(1, min(100, len(losses) // 10))
         smooth, average = [], losses[0]
@@ -89,6 +92,6 @@ def board(run: Path, step: int):
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError as error:
-        raise UserError(f"--tensorboard: {error}; expected the extra: pip install minflux[tensorboard], or leave the flag "
-                        "out, metrics.jsonl and loss.png hold the same") from error
+        raise UserError(f"--tensorboard: {error}; expected the extra: pip install -e \".[tensorboard]\", or leave "
+                        "the flag out, metrics.jsonl and loss.png hold the same") from error
     return SummaryWriter(run / "tensorboard", purge_step=step + 1)

@@ -65,6 +65,7 @@ def _publish(run: Path, draft: Path, folder: Path, keep: int, about: dict) -> No
         latest.unlink(missing_ok=True)
         os.replace(folder, aside)
     os.replace(draft, folder)
+    checkpoint.sync_folder(folder.parent)
     _write(latest, folder.name)
     shutil.rmtree(aside, ignore_errors=True)
     kept = [manifest.parent for manifest in _by_age(run)[-keep:]]
@@ -92,7 +93,7 @@ def _write_split(folder: Path, tensors: dict[str, Tensor]) -> None:
         dcp.save(tensors, storage_writer=dcp.HuggingFaceStorageWriter(folder, save_distributed=True))
     except dcp.CheckpointException as error:  # what any process met, raised in all of them
         numbers = {getattr(one, "errno", None) for one, _ in error.failures.values()}
-        if not numbers & {errno.ENOSPC, errno.EDQUOT}:
+        if not numbers & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
             raise
         needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(folder.parent).free
         raise OSError(errno.ENOSPC, f"no room: {needed} bytes needed, {free} free", str(folder)) from error
@@ -180,8 +181,7 @@ def _whole(folder: Path) -> tuple[int, dict]:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
         step, settings = int(manifest["step"]), dict(manifest.get("settings", {}))
-        files = {str(name): (int(about["bytes"]), str(about["sha256"]))
-                 for name, about in manifest["files"].items()}
+        files = {str(name): (int(about["bytes"]), str(about["sha256"])) for name, about in manifest["files"].items()}
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{folder} holds no whole checkpoint (its manifest.json is not there or damaged); expected a folder "
                         f"like checkpoints/step-000500; {REMEDY}") from error

@@ -65,7 +65,7 @@ class Training:
     log_every: int = 10  # optimizer steps between lines of metrics.jsonl
     sample_every: int = 500  # optimizer steps between sample pictures, at fixed prompts and seeds; 0 draws none
     validate_every: int = 500  # optimizer steps between losses on the held-out set, at fixed times and noises; 0: none
-    tensorboard: bool = False  # write the figures for TensorBoard too; needs the extra: pip install minflux[tensorboard]
+    tensorboard: bool = False  # write the figures for TensorBoard too; needs the extra: pip install -e ".[tensorboard]"
     gradient_checkpointing: bool = False  # keep only the inputs of blocks and compute the rest again: less memory, slower
     shard: bool = False  # under torchrun, split weights, average and moments over the processes (FSDP2)
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes the first GPU there is

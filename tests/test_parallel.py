@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import resource
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -86,6 +88,19 @@ def work(rank: int, root: Path) -> None:
             train.train(Blocks(), replace(SETTINGS, **wrong), root / "refused")
         except UserError as error:
             said[name] = str(error)
+    train.train(Blocks(even=True), settings("full", 3, shard=True), root / "full")
+    soft, most = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (200, most))  # as a full disk: a real write fails half-way
+    optimiser = optimisers.build(Blocks().model, SETTINGS)
+    try:
+        task = Blocks(even=True)
+        parallel.join().engine(task, shard=True)
+        parameters = dict(task.model.named_parameters())
+        resume.save(root / "full", 6, parameters, optimiser, parameters, team=parallel.join())
+    except OSError as error:
+        said["full"] = str(error)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, most))
     (root / f"said-{rank}.json").write_text(json.dumps(said))
     parallel.leave()
 
@@ -175,6 +190,8 @@ def test_what_stops_one_stops_both(runs):
         assert (runs / f"spoiled{split}" / "checkpoints" / "latest").read_text() == "step-000003"
         assert (runs / f"interrupted{split}" / "checkpoints" / "latest").read_text() == "step-000004"
     assert all("--accumulate 3 on 2 processes; expected a multiple of 2" in each["odd"] for each in said)
+    assert all(re.search(r"no room: \d+ bytes needed", each["full"]) for each in said)
+    assert sorted(os.listdir(runs / "full" / "checkpoints")) == ["latest", "step-000003"]
     assert all("muon" in each["muon"] and "expected --optimiser adamw" in each["muon"] for each in said)
     with pytest.raises(UserError, match="--shard on one process; expected several"):
         train.train(Blocks(), replace(SETTINGS, shard=True), runs / "refused")

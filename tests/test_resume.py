@@ -223,6 +223,13 @@ def test_signals_wait_for_a_state_worth_saving(number, moment, whole, tmp_path, 
     assert_equal(outcome(tmp_path, task), whole)
 
 
+def test_the_plot_comes_with_every_checkpoint(tmp_path):
+    """Without samples too."""
+    with pytest.raises(KeyboardInterrupt):
+        train.train(Task({(4, 0): interrupt}), SETTINGS, tmp_path)
+    assert SETTINGS.sample_every == 0 and (tmp_path / "loss.png").exists() and not (tmp_path / "samples").exists()
+
+
 def test_a_finished_run_only_saves_again(whole, tmp_path):
     for _ in range(2):
         task = Task()
@@ -337,7 +344,7 @@ def test_tensorboard(tmp_path):
         train.train(Task(), settings, tmp_path)
         assert list((tmp_path / "tensorboard").glob("events*"))
     else:
-        with pytest.raises(UserError, match=r"--tensorboard.*pip install minflux\[tensorboard\]"):
+        with pytest.raises(UserError, match=r"--tensorboard.*pip install -e .*tensorboard"):
             train.train(Task(), settings, tmp_path)
 
 

@@ -139,13 +139,15 @@ class FineTuneTask:
 
     def fill_cache(self) -> None:
         """All that a run will need, each process its share of it; then the encoders' memory is the transformer's."""
+        if not self.settings.cache:
+            return
         items, team = [*self.items, *self.unseen], parallel.join()
         captions = dict.fromkeys(["", *(item.caption for item in items)])
         todo = [partial(self.latent, item) for item in items if not self.cache.has(self.latent_key(item))]
         todo += [partial(self.features, [caption]) for caption in captions if not self.cache.has(self.features_key(caption))]
         with team.together():
             for make in tqdm(todo[team.rank::team.size], desc="latents and features", disable=None):
-                if self.cache.folder:  # until nothing more can be kept, or if nothing is to be
+                if self.cache.folder:  # until nothing more can be kept
                     make()
         self.encoders = None
 
