@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from flux.clip import ClipText
-from flux.config import ClipTextConfig, FluxConfig, Preset, T5Config
+from flux.config import FluxConfig, Preset
 from flux.model import Flux
 from flux.naming import TRANSFORMER
 from flux.t5 import T5Encoder

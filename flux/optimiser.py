@@ -9,7 +9,12 @@ def build(model: nn.Module, settings) -> "torch.optim.AdamW | MuonAdamW":
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hidden = [p for name, p in parameters.items() if settings.optimiser == "muon" and is_hidden(name, p)]
     rest = [p for name, p in parameters.items() if settings.optimiser == "adamw" or not is_hidden(name, p)]
-    adamw = torch.optim.AdamW(rest, lr=settings.lr, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay,
+    groups = [{"params": rest}]
+    if (plus := getattr(settings, "plus", 1.0)) != 1:  # LoRA+ (arXiv 2402.12354): B learns faster than A
+        fast = {id(p) for name, p in parameters.items() if name.endswith(".trained.B")}
+        groups = [{"params": [p for p in rest if (id(p) in fast) == scaled], "lr_scale": plus if scaled else 1.0}
+                  for scaled in (False, True)]
+    adamw = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay,
                               fused=True) if rest else None
     if not hidden:
         return adamw

@@ -81,6 +81,25 @@ class Training:
             raise UserError(f"--ema {self.ema}: expected a decay from 0 to below 1, such as 0.999")
 
 
+@dataclass(frozen=True)
+class FineTuning(Training):
+    """Settings of every training on a folder of captioned pictures; `flux/finetune.py` reads them."""
+
+    model: str = "demo"  # a preset of flux/config.py: demo, dev, krea, schnell
+    weights: Path | None = None  # folder with the weights; without it FLUX_WEIGHTS, and for demo the shipped ones
+    edge: int | None = None  # pixels: pictures go into buckets of about edge x edge; default: the model's own size
+    guidance: float = 1.0  # distilled guidance the transformer is told; 1 is the plain conditional velocity
+    drop: float = 0.1  # share of captions left empty
+    times: Literal["shift", "logit-normal", "uniform"] = "shift"  # at which noise levels; shift: as at sampling this size
+    held_out: float = 0.05  # share of the pictures that training never sees, for the validation loss
+    cache: bool = True  # make latents and text features once, into the folder cache/ of --out, which runs share
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.held_out < 1:
+            raise UserError(f"--held-out {self.held_out}: expected a share from 0 to below 1, such as 0.05")
+
+
 def _at_least(least: int, settings, *names: str) -> None:
     for name in names:
         value = getattr(settings, name)
