@@ -47,7 +47,7 @@ class Training:
 
     data: Path | None = None  # folder with pictures and captions; without it the demo's renderer draws them
     steps: int = 1000  # optimizer steps
-    optimiser: Literal["adamw", "muon"] = "adamw"  # muon: orthogonal steps for the matrices inside blocks
+    optimiser: str = "adamw"  # adamw; muon (orthogonal steps for blocks' matrices); or a class, as prodigyopt.Prodigy
     lr: float = 1e-4  # learning rate after warmup; a LoRA bears ten times more than a full model
     batch: int = 1  # samples per forward pass: as many as fit in memory
     accumulate: int = 1  # forward passes per optimizer step; batch * accumulate samples make one gradient
@@ -75,6 +75,9 @@ class Training:
     def __post_init__(self):
         _at_least(1, self, "steps", "batch", "accumulate", "save_every", "keep", "log_every", "threads")
         _at_least(0, self, "warmup", "seed", "sample_every", "validate_every")
+        if self.optimiser not in ("adamw", "muon") and "." not in self.optimiser:
+            raise UserError(f"--optimiser {self.optimiser}: expected adamw, muon or a class by its import path, such as "
+                            "prodigyopt.Prodigy")
         if not self.lr > 0:
             raise UserError(f"--lr {self.lr}: expected a learning rate above 0, such as 1e-4")
         if not 0 <= self.ema < 1:
