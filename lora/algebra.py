@@ -66,10 +66,11 @@ def recompressed(adapter: Adapter, rank: int | None = None, energy: float | None
     for layer, terms in adapter.layers.items():
         biases = [term for term in terms if isinstance(term, Bias)]
         out: list[Term] = _summed_biases(biases)
-        for start, group in _groups([as_low_rank(term) for term in terms if not isinstance(term, Bias)], layer):
+        groups = list(_groups([as_low_rank(term) for term in terms if not isinstance(term, Bias)], layer))
+        for start, group in groups:
             term, share = truncated(group, start, rank, energy)
             out.append(term)
-            kept[layer if len(group) == len(terms) else f"{layer}[{start}:]"] = Kept(term.rank, share)
+            kept[layer if len(groups) == 1 else f"{layer}[{start}:]"] = Kept(term.rank, share)
         layers[layer] = tuple(out)
         done(layer)
     return Adapter(layers, dict(adapter.replaced), dict(adapter.metadata)), kept

@@ -77,7 +77,7 @@ def understand(tensors: Mapping[str, Tensor], names: Names, metadata: Mapping[st
             raise refuse(path, f"has {shown(key.module)} {key.role} twice, under two endings", "each once", "mend the file")
         modules[key.module][key.role] = tensors[name]
         places[key.module] = key.place
-    if report.unused and (strict or not modules and not replaced):
+    if report.unused and (strict or not modules):
         first, why = next(iter(report.unused.items()))
         raise refuse(path, f"has {len(report.unused)} of {len(tensors)} keys that are not understood: {shown(first)} {why}"
                      + (f"; also {listed(list(report.unused)[1:], 2)}" if len(report.unused) > 1 else ""),
