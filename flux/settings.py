@@ -49,7 +49,7 @@ class Conditioned(Sampling):
     image: Path | None = None  # picture to start from, or with a mask to repaint; over twice the model's pixels it is shrunk
     strength: float | None = None  # way back to noise that --image goes: 0 returns it, 1 forgets it; default 0.75, masked 1
     mask: Path | None = None  # grey picture as large as --image: white is repainted, black is known; needs fill
-    outpaint: str = ""  # pixels to add around --image, left,top,right,bottom as in 64,0,64,0; needs fill
+    outpaint: str | None = None  # pixels to add around --image, left,top,right,bottom as in 64,0,64,0; needs fill
     keep: bool = False  # put the known pixels back: equal to --image where the mask is black
     reference: tuple[Path, ...] = ()  # picture that the prompt changes or speaks of; needs kontext
     control: Path | None = None  # picture of edges or depths to follow; needs canny, depth or --controlnet
@@ -80,15 +80,14 @@ class Conditioned(Sampling):
                 raise UserError(f"--{name}-start {start} and --{name}-end {end}: expected start before end; change one")
         if self.negative is not None and self.cfg_scale is None:
             raise UserError("--negative came without --cfg-scale, expected how strongly to avoid it; add --cfg-scale 3")
-        if self.outpaint:
+        if self.outpaint is not None:
             self.pads  # noqa: B018  checks it
 
     @property
     def pads(self) -> tuple[int, ...]:
         """Pixels that --outpaint adds left, top, right, bottom."""
-        words = (self.outpaint or "0,0,0,0").split(",")
-        if len(words) != 4 or not all(re.fullmatch(r" *\d{1,4} *", word) for word in words) or (
-                self.outpaint and not any(map(int, words))):
+        words = ("0,0,0,0" if self.outpaint is None else self.outpaint).split(",")
+        if len(words) != 4 or not all(re.fullmatch(r" *[0-9]{1,4} *", word) for word in words):
             raise UserError(f"--outpaint {self.outpaint!r}: expected pixels left,top,right,bottom; write it as 64,0,64,0")
         return tuple(map(int, words))
 
