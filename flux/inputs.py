@@ -166,11 +166,13 @@ def size_of(asked: Conditioned, model: Preset, like: Image.Image | None) -> tupl
 
 
 def fitted(pil: Image.Image | None, size: tuple[int, int], name: str) -> Image.Image | None:
-    """The picture at that size (Lanczos). UserError where that would change its shape by over a tenth, and show."""
+    """The picture at that size (Lanczos). UserError where its shape would change by over a tenth and a token."""
     if pil is None or pil.size == size:
         return pil
     change = (size[0] / size[1]) / (pil.width / pil.height)
-    if not 1 / 1.1 <= change <= 1.1 and max(abs(a - b) for a, b in zip(size, pil.size, strict=True)) >= 16:
+    scale = (size[0] * size[1] / (pil.width * pil.height)) ** 0.5
+    off = max(abs(edge - scale * own) for edge, own in zip(size, pil.size, strict=True))  # pixels
+    if not 1 / 1.1 <= change <= 1.1 and off > 16:
         raise UserError(f"{name} is {edges(pil)} pixels, expected the shape of {size[0]}x{size[1]}; crop it, or change "
                         "--width and --height")
     return pil.resize(size, Image.Resampling.LANCZOS)
