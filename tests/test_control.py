@@ -178,8 +178,9 @@ def test_names_of_diffusers_are_the_published_ones():
     """As in diffusers' controlnet_flux.py: what a ControlNet of pixels adds to a transformer."""
     names = set(as_diffusers(control.ControlNet(replace(TINY, depth_single_blocks=1), pixels=True)))
     assert {"x_embedder.weight", "controlnet_x_embedder.weight", "controlnet_blocks.0.weight",
-            "input_hint_block.conv_in.bias", "controlnet_single_blocks.0.bias", "input_hint_block.blocks.5.weight", "input_hint_block.conv_out.weight",
-            "transformer_blocks.0.attn.add_q_proj.weight", "single_transformer_blocks.0.proj_out.weight"} <= names
+            "controlnet_single_blocks.0.bias", "input_hint_block.conv_in.bias", "input_hint_block.blocks.5.weight",
+            "input_hint_block.conv_out.weight", "transformer_blocks.0.attn.add_q_proj.weight",
+            "single_transformer_blocks.0.proj_out.weight"} <= names
     assert not any(name.startswith(("norm_out", "proj_out", "input_hint_block.blocks.6")) for name in names)
 
 
@@ -195,7 +196,7 @@ def test_other_files_are_refused(tmp_path):
     state = branch.state_dict()
     assert "union ControlNet" in told({**state, "controlnet_mode_embedder.weight": torch.zeros(10, 32)})
     assert "a FLUX.1 transformer" in told(Flux(TINY).state_dict())
-    assert "a ControlNet" in told({name: torch.zeros(2) for name in ("controlnet_blocks.0.weight", "input_blocks.0.0.weight")})
+    assert "a ControlNet" in told({"controlnet_blocks.0.weight": torch.zeros(2), "input_blocks.0.0.weight": torch.zeros(2)})
     assert "of another shape (controlnet_x_embedder.weight (32, 68)" in told(
         {**state, "controlnet_x_embedder.weight": torch.zeros(32, 68)})  # an inpainting one
     missing = {name: tensor for name, tensor in state.items() if name != "controlnet_blocks.0.bias"}

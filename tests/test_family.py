@@ -61,7 +61,7 @@ def draw(folder, tmp_path):
         """-> (N, H, W, 3) bytes, and the files."""
         draw.count += 1
         out = tmp_path / f"out{draw.count}"
-        model = ("--model", f"demo-{model}", "--weights", folder) if model else ()
+        model = ("--model", f"demo-{model}", "--weights", folder, "--device", "cpu") if model else ()
         sample.main([str(word) for word in (*model, *words, "--out", out)])
         paths = sorted(path for path in out.glob("*_seed*.png") if "sheet" not in path.name)
         return np.stack([np.asarray(Image.open(path)).astype(int) for path in paths]), paths
@@ -193,7 +193,8 @@ def test_references_change_the_picture(draw, photo):
 
 
 @pytest.mark.parametrize(("edges", "size"), [((1000, 1000), (1024, 1024)), ((300, 200), (1248, 832)),
-                                             ((50, 400), (672, 1568)), ((1568, 672), (1568, 672)), ((1360, 1024), (1184, 880))])
+                                             ((50, 400), (672, 1568)), ((1568, 672), (1568, 672)),
+                                             ((1360, 1024), (1184, 880))])
 def test_references_have_kontexts_sizes(edges, size):
     kontext = config.preset("kontext")
     assert len(kontext.reference_sizes) == 17 and {size[::-1] for size in kontext.reference_sizes} == set(
@@ -253,7 +254,7 @@ def test_scale_one_is_no_guidance(draw):
 # All at once.
 
 @pytest.mark.parametrize("dtype", ("fp32", "bf16"))
-def test_they_compose_and_are_made_again(dtype, draw, photo, folder, tmp_path):
+def test_they_compose_and_are_made_again(dtype, draw, photo, folder, tmp_path, capsys):
     words = ("--image", photo("p.png"), "--mask", halves(tmp_path / "m.png"), "--keep", "--strength", 0.9,
              "--redux", f"{photo('r.png', seed=1)}:0.7", "--controlnet", folder / "control_latents.safetensors",
              "--control-from", photo("c.png", seed=2), "--control-index", "repeat", "--negative", "b", "--cfg-scale", 2,
@@ -267,8 +268,11 @@ def test_they_compose_and_are_made_again(dtype, draw, photo, folder, tmp_path):
     assert made["files"]["mask"] == f"m.png {checkpoint.fingerprint(tmp_path / 'm.png')}"
     again, _ = draw(None, "--from", paths[2])
     assert abs(again[0] - out[2]).max() <= (1 if dtype == "fp32" else 24)  # alone, sums are taken in another order
+    assert "warning" not in capsys.readouterr().err
+    photo("r.png", seed=5)
     twice, _ = draw(None, "--from", paths[2])
-    assert np.array_equal(again, twice)
+    told = capsys.readouterr().err
+    assert not np.array_equal(again, twice) and "warning: redux 1 changed since" in told and told.count("\n") == 1
 
 
 @pytest.mark.parametrize("words", [("--reference", "p.png"), ("--redux", "p.png"), ("--image", "p.png")])
