@@ -14,6 +14,7 @@ from flux import canny, checkpoint, conditioning, config, control, fill, flow, i
 from flux.config import DEMO, SiglipConfig
 from flux.errors import UserError
 from flux.model import Flux
+from flux.recipes import t2i
 
 TOY = replace(config.TINY, vec_in_dim=96, context_in_dim=96)
 EYES = SiglipConfig(hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32,
@@ -222,12 +223,50 @@ def test_redux_pictures_have_strengths(draw, photo, folder):
     assert len({x.tobytes() for x in (plain, one, weak, two)}) == 4
     model = config.PRESETS["demo-toy"]
     given = inputs.Inputs((48, 32), None, None, None, (), ((pictures.read(a), 0.5), (pictures.read(b), 1.0)), 1.0, {})
+    found = weights.find(model, folder)
     with torch.inference_mode():
-        tokens = inputs.image_tokens(given, weights.find(model, folder), model, torch.float32, torch.device("cpu"))
-    assert tokens.shape == (1, 2 * 4, 96)
+        tokens = inputs.image_tokens(given, found, model, torch.float32, torch.device("cpu"))
+        tower, redux = weights.load_siglip(found, EYES), weights.load_redux(found, model)
+        squashed = [pictures.to_tensor(pictures.read(x).resize((32, 32), Image.Resampling.BICUBIC)) for x in (a, b)]
+        by_hand = torch.cat([0.5 * redux(tower(squashed[0])), redux(tower(squashed[1]))], dim=1)
+    assert tokens.shape == (1, 2 * 4, 96) and torch.equal(tokens, by_hand)
+
+
+@torch.inference_mode()
+def test_pictures_are_encoded_as_they_are(photo, folder):
+    """The control picture's and the references' packed latents, by the autoencoder's mean."""
+    _, autoencoder = load(folder, "toy")
+    control, reference = photo("c.png"), photo("r.png", 35, 20)
+    given = inputs.read(t2i.TextToImage(control=control, model="demo-toycanny"), config.PRESETS["demo-toycanny"])
+    fixed = inputs.encode(given, autoencoder, config.PRESETS["demo-toycanny"], None)
+    assert torch.equal(fixed.channels, latents.pack(autoencoder.encode(pictures.to_tensor(pictures.read(control)))))
+    assert fixed.start is None and fixed.references == ()
+    given = inputs.read(t2i.TextToImage(reference=(reference,)), config.PRESETS["demo-toykontext"])
+    fixed = inputs.encode(given, autoencoder, config.PRESETS["demo-toykontext"], None)
+    near = pictures.read(reference).resize((32, 16), Image.Resampling.LANCZOS)
+    assert given.size == (32, 16) and torch.equal(fixed.references[0], autoencoder.encode(pictures.to_tensor(near)))
 
 
 # ControlNet and true guidance.
+
+@torch.inference_mode()
+@pytest.mark.parametrize("kind", ("latents", "pixels"))
+def test_a_controlnet_is_shown_its_picture(kind, photo, folder):
+    _, autoencoder = load(folder, "toy")
+    model, path = config.PRESETS["demo-toy"], folder / f"control_{kind}.safetensors"
+    asked = t2i.TextToImage(control=photo("p.png"), controlnet=path, control_scale=0.5, control_end=0.5)
+    added = inputs.controlled(asked, inputs.read(asked, model), autoencoder, model, [1.0, 0.5, 0.0], torch.float32,
+                              torch.device("cpu"))
+    cond = conditioning.condition(torch.randn(2, 4, 96), torch.randn(2, 96), 48, 32, 2.0)
+    img, branch = torch.randn(2, 6, 64), weights.load_control(path, model.flux)
+    image = pictures.to_tensor(pictures.read(photo("p.png")))
+    hint = branch.embed(image if kind == "pixels" else autoencoder.encode(image))
+    t, guidance = torch.ones(2), torch.full((2,), 2.0)
+    double, single = branch(img, cond.img_ids, cond.txt, cond.txt_ids, cond.vec, t, guidance, hint)
+    expected = [0.5 * x for x in (*double, *single * 2)]  # the model has one double block and two single ones
+    assert all(torch.equal(a, b) for a, b in zip(added(cond)(img, t), expected, strict=True))
+    assert added(cond)(img, t / 2) is None, "its steps are over"
+
 
 @pytest.mark.parametrize("kind", ("latents", "pixels"))
 def test_a_controlnet_steers(kind, draw, photo, folder):
