@@ -144,7 +144,10 @@ def test_scale_window_and_references():
     two = conditioning.control(branch, hint, cond, (2, 2), "repeat", 2.0)(img, t)
     assert len(one) == 4 and all(torch.equal(2 * a, b) for a, b in zip(one, two, strict=True))
     both = conditioning.with_references(cond, [torch.randn(1, 16, 2, 4)])
-    assert v(both).shape == img.shape and not torch.equal(v(both), conditioning.velocity(model, both)(img, t))
+    nothing = torch.zeros(2, 2, TINY.hidden_size)  # is added to the reference's two tokens
+    expected = model(torch.cat((img, both.references), dim=1), both.img_ids, cond.txt, cond.txt_ids, cond.vec, t,
+                     torch.full((2,), 3.5), [torch.cat((x, nothing), dim=1) for x in one])[:, :img.shape[1]]
+    assert torch.equal(v(both), expected) and not torch.equal(v(both), conditioning.velocity(model, both)(img, t))
 
 
 # Files.

@@ -196,11 +196,12 @@ def test_references_change_the_picture(draw, photo):
 @pytest.mark.parametrize(("edges", "size"), [((1000, 1000), (1024, 1024)), ((300, 200), (1248, 832)),
                                              ((50, 400), (672, 1568)), ((1568, 672), (1568, 672)),
                                              ((1360, 1024), (1184, 880))])
-def test_references_have_kontexts_sizes(edges, size):
+def test_references_have_kontexts_sizes(edges, size, photo):
     kontext = config.preset("kontext")
     assert len(kontext.reference_sizes) == 17 and {size[::-1] for size in kontext.reference_sizes} == set(
         kontext.reference_sizes) and all(edge % 16 == 0 for size in kontext.reference_sizes for edge in size)
     assert inputs.to_reference(Image.new("RGB", edges), kontext).size == size
+    assert inputs.read(t2i.TextToImage(reference=(photo("r.png", *edges),)), kontext).size == size, "of what is drawn too"
 
 
 def test_edges_are_given_or_found(draw, photo, tmp_path):
