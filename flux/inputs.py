@@ -63,7 +63,7 @@ class Encoded:
 def read(asked: Conditioned, model: Preset) -> Inputs:
     """UserError for a picture that cannot be used, and for what this model cannot take."""
     check_model(asked, model)
-    check_company(asked, model)
+    check_company(asked)
     named = {"image": asked.image, "mask": asked.mask, "control": asked.control or asked.control_from,
              **{f"reference {i}": path for i, path in enumerate(asked.reference, 1)}}
     redux = [strength_of(word) for word in asked.redux]
@@ -113,7 +113,7 @@ def check_model(asked: Conditioned, model: Preset) -> None:
                         "add --control DEPTHS")
 
 
-def check_company(asked: Conditioned, model: Preset) -> None:
+def check_company(asked: Conditioned) -> None:
     """Flags that mean nothing without another."""
     alone = [("--mask", asked.mask), ("--outpaint", asked.outpaint), ("--strength", asked.strength is not None)]
     for flag, given in alone:
