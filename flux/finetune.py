@@ -31,6 +31,9 @@ class Captioned:
         if not settings.data:
             raise UserError("--data is missing, expected a folder of pictures with captions; add --data FOLDER")
         self.settings, self.preset = settings, preset(settings.model)
+        if self.preset.flux.in_channels != self.preset.flux.out_channels:
+            raise UserError(f"--model {settings.model} draws from a prompt and a {self.preset.takes} picture, expected a "
+                            "model that needs captions alone; take --model dev or demo")
         self.place, _ = device.choose(settings.device)
         items = data.load(settings.data, settings.edge or self.preset.width)
         self.items, self.unseen = data.hold_out(items, settings.held_out)

@@ -1,10 +1,10 @@
-"""Text to image: a prompt becomes a picture.
+"""Text to image: a prompt becomes a picture; so do a prompt and other pictures, by every member of the FLUX.1 family.
 
 The whole road of the project in one file: text encoders -> noise -> Euler steps along the velocity -> autoencoder.
-Training takes the same road with `flow.loss` in place of Euler.
+Pictures that a user gives come in by `flux/inputs.py`. Training takes the same road with `flow.loss` in place of Euler.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -14,17 +14,17 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from flux import checkpoint, conditioning, device, flow, latents, parallel, pictures, weights
+from flux import checkpoint, conditioning, device, fill, flow, inputs, latents, parallel, pictures, weights
 from flux.config import preset
 from flux.demo import scene
 from flux.errors import UserError
 from flux.finetune import Captioned
-from flux.settings import FineTuning, Sampling
+from flux.settings import Conditioned, FineTuning
 
 
 @dataclass(frozen=True)
-class TextToImage(Sampling):
-    """Pictures for prompts."""
+class TextToImage(Conditioned):
+    """Pictures for prompts, and for the pictures given with them."""
 
     prompt: tuple[str, ...] = ()  # what to draw; several make several pictures; none draws the demo's contact sheet
     prompts: Path | None = None  # file with one prompt a line; # starts a comment
@@ -34,49 +34,76 @@ class TextToImage(Sampling):
     def images(self) -> Iterator[tuple[Image.Image, dict]]:
         """(picture, metadata) one by one. Picture i has seed + i, and is the same alone or among others."""
         model = preset(self.model)
-        width, height = self.width or model.width, self.height or model.height
+        given = inputs.read(self, model)
+        width, height = given.size
         latents.check_size(width, height)
         steps, guidance = self.steps or model.steps, model.guidance if self.guidance is None else self.guidance
         prompts = [prompt for prompt in self.all_prompts() for _ in range(self.num)]
         jobs = [(prompt, self.seed + i) for i, prompt in enumerate(prompts)]
         place, dtype = device.choose(self.device, self.dtype)
-        found = weights.find(model, self.weights, {"flux": self.flux, "ae": self.ae, "clip": self.clip, "t5": self.t5})
-        weights.require(found, "flux", "ae", "clip", "t5", "tokenizer", "tokenizer_2")
+        found = weights.find(model, self.weights, {"flux": self.flux, "ae": self.ae, "clip": self.clip, "t5": self.t5,
+                                                   "siglip": self.siglip, "redux": self.redux_weights})
+        parts = ("flux", "ae", "clip", "t5", "tokenizer", "tokenizer_2", *(("siglip", "redux") if self.redux else ()))
+        weights.require(found, *parts)
 
-        files = {part: f"{lies.path.name} {checkpoint.fingerprint(lies.path)}" for part, lies in found.items()
-                 if lies.path and lies.path.is_file() and part != "siglip"}
+        files = {part: f"{found[part].path.name} {checkpoint.fingerprint(found[part].path)}" for part in parts
+                 if found[part].path.is_file()} | given.files
 
         with torch.inference_mode():
             encoders = conditioning.TextEncoders(found, model, dtype, place)
-            features = {prompt: encoders([prompt]) for prompt in dict.fromkeys(prompt for prompt, _ in jobs)}
+            words = [*prompts, self.negative or ""] if self.guided else prompts
+            features = {prompt: encoders([prompt]) for prompt in dict.fromkeys(words)}
             del encoders  # the memory of T5 is the transformer's now
-            transformer = weights.load_flux(found, model.flux, dtype, place).eval()
+            seen = inputs.image_tokens(given, found, model, dtype, place)
             autoencoder = weights.load_autoencoder(found, model.autoencoder, dtype, place).eval()
+            fixed = inputs.encode(given, autoencoder, model, seen)
+            transformer = weights.load_flux(found, model.flux, dtype, place).eval()
             times = flow.schedule(steps, (width // 16) * (height // 16), model.shift)
-            with tqdm(total=len(jobs) * steps, desc="sampling", unit="step", disable=None) as bar:
+            left = flow.remaining(times, given.strength)
+            control = inputs.controlled(self, given, autoencoder, model, times, dtype, place)
+
+            def under(prompts: list[str]) -> flow.Velocity:
+                txt, vec = (torch.cat(part) for part in zip(*(features[prompt] for prompt in prompts), strict=True))
+                cond = fixed.onto(conditioning.condition(txt, vec, width, height, guidance))
+                return conditioning.velocity(transformer, cond, control and control(cond))
+
+            with tqdm(total=len(jobs) * (len(left) - 1), desc="sampling", unit="step", disable=None) as bar:
                 for start in range(0, len(jobs), self.batch):
                     some = jobs[start:start + self.batch]
-                    txt, vec = (torch.cat(part) for part in zip(*(features[prompt] for prompt, _ in some), strict=True))
                     noise = [latents.noise(1, height, width, torch.Generator().manual_seed(seed)) for _, seed in some]
-                    img = latents.pack(torch.cat(noise).to(place, dtype))
-                    cond = conditioning.condition(txt, vec, width, height, guidance)
-                    for state in flow.euler_steps(conditioning.velocity(transformer, cond), img, times):
+                    img = fixed.begin(latents.pack(torch.cat(noise).to(place)), left[0]).to(dtype)
+                    for state in flow.euler_steps(self.velocity(under, [prompt for prompt, _ in some], times), img, left):
                         img = state
                         bar.update(len(some))
                     decoded = autoencoder.decode(latents.unpack(img, height, width))
                     for pil, (prompt, seed) in zip(pictures.to_pil(decoded), some, strict=True):
+                        if self.keep:
+                            pil = fill.keep(pil, given.image, given.mask)
                         alone = replace(self, prompt=(prompt,), prompts=None, num=1, seed=seed)
                         yield pil, {"prompt": prompt, "seed": seed, "steps": steps, "guidance": guidance,
                                     "model": self.model, "config": alone, "files": files}
 
+    @property
+    def guided(self) -> bool:
+        return self.cfg_scale not in (None, 1)
+
+    def velocity(self, under: Callable[[list[str]], flow.Velocity], prompts: list[str], times: list[float]) -> flow.Velocity:
+        """Under the prompts; with true guidance also away from the negative one, in its share of the steps."""
+        if not self.guided:
+            return under(prompts)
+        both = under(prompts + [self.negative or ""] * len(prompts))
+        return conditioning.guided(both, under(prompts), self.cfg_scale, flow.span(times, self.cfg_start, self.cfg_end))
+
     def all_prompts(self) -> list[str]:
-        """Those of the command, then those of the file; the demo's own when there are none."""
+        """Those of the command, then those of the file; when there are none, no words for pictures, or the demo's own."""
         prompts = list(self.prompt)
         if self.prompts:
             if not self.prompts.is_file():
                 raise UserError(f"--prompts {self.prompts}: no such file; expected one prompt a line; check the name")
             lines = (line.split("#")[0].strip() for line in self.prompts.read_text(encoding="utf-8").splitlines())
             prompts += [line for line in lines if line]
+        if not prompts and (self.image or self.reference or self.control or self.control_from or self.redux):
+            return [""]
         if not prompts and self.model != "demo":
             raise UserError(f"no prompt for {self.model}; expected words to draw; give them as in "
                             f'python sample.py --model {self.model} "a red circle"')
