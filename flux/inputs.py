@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flux import canny, checkpoint, conditioning, fill, flow, latents, pictures, weights
+from flux import canny, checkpoint, cli, conditioning, fill, flow, latents, pictures, weights
 from flux.autoencoder import AutoEncoder
 from flux.conditioning import Condition, Residuals
 from flux.config import PRESETS, Preset
@@ -66,7 +66,7 @@ def read(asked: Conditioned, model: Preset) -> Inputs:
     check_company(asked)
     named = {"image": asked.image, "mask": asked.mask, "control": asked.control or asked.control_from,
              **{f"reference {i}": path for i, path in enumerate(asked.reference, 1)}}
-    redux = [strength_of(word) for word in asked.redux]
+    redux = [cli.path_and_scale("--redux", word, 0, 10) for word in asked.redux]
     named |= {f"redux {i}": path for i, (path, _) in enumerate(redux, 1)}
     opened = {name: pictures.read(path) for name, path in named.items() if path}
     files = {name: f"{path.name} {checkpoint.fingerprint(path)}" for name, path in named.items() if path}
@@ -136,18 +136,6 @@ def check_canvas(asked: Conditioned, image: Image.Image) -> None:
     if width * height > pictures.MAX_PIXELS:
         raise UserError(f"--outpaint {asked.outpaint} makes {width}x{height} pixels, expected at most "
                         f"{pictures.MAX_PIXELS // 10**6} megapixels; add fewer")
-
-
-def strength_of(word: str) -> tuple[Path, float]:
-    """PICTURE or PICTURE:STRENGTH of --redux."""
-    path, _, strength = word.rpartition(":")
-    try:
-        value = float(strength) if path else 1.0
-    except ValueError:
-        path, value = "", 1.0  # the colon is the name's own
-    if not 0 <= value <= 10:
-        raise UserError(f"--redux {word}: strength {strength}, expected a number from 0 to 10; write it as {path}:0.5")
-    return Path(path or word), value
 
 
 def edges(pil: Image.Image) -> str:

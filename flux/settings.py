@@ -21,6 +21,7 @@ class Sampling:
     ae: Path | None = None  # file of the autoencoder alone; without it FLUX_AE, then --weights
     clip: Path | None = None  # file or folder of the CLIP text encoder alone
     t5: Path | None = None  # file or folder of the T5 encoder alone
+    lora: tuple[str, ...] = ()  # PATH or PATH:SCALE of a LoRA in any format; may be repeated; scale 0 changes nothing
     width: int | None = None  # pixels, a multiple of 16: one token is 2 x 2 latents of 8 x 8 pixels
     height: int | None = None  # pixels, a multiple of 16
     steps: int | None = None  # Euler steps from noise to image; time grows with them

@@ -83,7 +83,7 @@ def merge(flags: argparse.Namespace) -> None:
     if not sources:
         raise UserError("merge has one file; expected LoRAs and then the file to write: a.safetensors:0.8 out.safetensors")
     new_file(Path(target))
-    pairs = [with_strength(source) for source in sources]
+    pairs = [cli.path_and_scale("merge", source, -100, 100) for source in sources]
     opened = [open_lora(path, flags.model) for path, _ in pairs]
     preset = opened[0][0]
     if flags.into:
@@ -214,15 +214,6 @@ def diff(flags: argparse.Namespace) -> None:
             apart = max(aa + bb - 2 * ab, 0.0) ** 0.5
             cosine = f"{ab / (aa * bb) ** 0.5:8.3f}" if aa > 0 and bb > 0 else f"{'-':>8}"
             print(f"{kind:<36}{aa ** 0.5:9.3g}{bb ** 0.5:9.3g}{apart:12.3g}{cosine}")
-
-
-def with_strength(text: str) -> tuple[Path, float]:
-    """PATH or PATH:STRENGTH."""
-    path, colon, number = text.rpartition(":")
-    try:
-        return (Path(path), float(number)) if colon and not Path(text).exists() else (Path(text), 1.0)
-    except ValueError:
-        return Path(text), 1.0
 
 
 def new_file(path: Path) -> None:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from flux import checkpoint, conditioning, device, fill, flow, inputs, latents, parallel, pictures, weights
+from flux import adapters, checkpoint, conditioning, device, fill, flow, inputs, latents, parallel, pictures, weights
 from flux.config import preset
 from flux.demo import scene
 from flux.errors import UserError
@@ -33,7 +33,8 @@ class TextToImage(Conditioned):
 
     def images(self) -> Iterator[tuple[Image.Image, dict]]:
         """(picture, metadata) one by one. Picture i has seed + i, and is the same alone or among others."""
-        model = preset(self.model)
+        loras = adapters.read(self.lora, preset(self.model))
+        model = adapters.fitted(preset(self.model), loras)
         given = inputs.read(self, model)
         width, height = given.size
         latents.check_size(width, height)
@@ -47,10 +48,12 @@ class TextToImage(Conditioned):
         weights.require(found, *parts)
 
         files = {part: f"{found[part].path.name} {checkpoint.fingerprint(found[part].path)}" for part in parts
-                 if found[part].path.is_file()} | given.files
+                 if found[part].path.is_file()} | given.files | adapters.files(loras)
 
         with torch.inference_mode():
             encoders = conditioning.TextEncoders(found, model, dtype, place)
+            adapters.attach(loras, "clip", encoders.clip)
+            adapters.attach(loras, "t5", encoders.t5)
             words = [*prompts, self.negative or ""] if self.guided else prompts
             features = {prompt: encoders([prompt]) for prompt in dict.fromkeys(words)}
             del encoders  # the memory of T5 is the transformer's now
@@ -58,6 +61,7 @@ class TextToImage(Conditioned):
             autoencoder = weights.load_autoencoder(found, model.autoencoder, dtype, place).eval()
             fixed = inputs.encode(given, autoencoder, model, seen)
             transformer = weights.load_flux(found, model.flux, dtype, place).eval()
+            adapters.attach(loras, "flux", transformer)
             times = flow.schedule(steps, (width // 16) * (height // 16), model.shift)
             left = flow.remaining(times, given.strength)
             control = inputs.controlled(self, given, autoencoder, model, times, dtype, place)
