@@ -180,7 +180,7 @@ def path_and_scale(flag: str, word: str, least: float, most: float) -> tuple[Pat
     except ValueError:
         return Path(word), 1.0
     if not least <= value <= most:
-        raise UserError(f"{flag} {word}: scale {scale}, expected a number from {least:g} to {most:g}; write it as {path}:0.5")
+        raise UserError(f"{flag} {word}: scale {scale}, expected a number from {least:g} to {most:g}; write {path}:0.5")
     return Path(path or word), value
 
 
