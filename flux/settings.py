@@ -98,7 +98,7 @@ class Training:
 
     data: Path | None = None  # folder with pictures and captions; without it the demo's renderer draws them
     steps: int = 1000  # optimizer steps
-    optimiser: Literal["adamw", "muon"] = "adamw"  # muon: orthogonal steps for the matrices inside blocks
+    optimiser: str = "adamw"  # adamw; muon (orthogonal steps for blocks' matrices); or a class, as prodigyopt.Prodigy
     lr: float = 1e-4  # learning rate after warmup; a LoRA bears ten times more than a full model
     batch: int = 1  # samples per forward pass: as many as fit in memory
     accumulate: int = 1  # forward passes per optimizer step; batch * accumulate samples make one gradient
@@ -126,10 +126,32 @@ class Training:
     def __post_init__(self):
         _at_least(1, self, "steps", "batch", "accumulate", "save_every", "keep", "log_every", "threads")
         _at_least(0, self, "warmup", "seed", "sample_every", "validate_every")
+        if self.optimiser not in ("adamw", "muon") and "." not in self.optimiser:
+            raise UserError(f"--optimiser {self.optimiser}: expected adamw, muon or a class by its import path, such as "
+                            "prodigyopt.Prodigy")
         if not self.lr > 0:
             raise UserError(f"--lr {self.lr}: expected a learning rate above 0, such as 1e-4")
         if not 0 <= self.ema < 1:
             raise UserError(f"--ema {self.ema}: expected a decay from 0 to below 1, such as 0.999")
+
+
+@dataclass(frozen=True)
+class FineTuning(Training):
+    """Settings of every training on a folder of captioned pictures; `flux/finetune.py` reads them."""
+
+    model: str = "demo"  # a preset of flux/config.py: demo, dev, krea, schnell
+    weights: Path | None = None  # folder with the weights; without it FLUX_WEIGHTS, and for demo the shipped ones
+    edge: int | None = None  # pixels: pictures go into buckets of about edge x edge; default: the model's own size
+    guidance: float = 1.0  # distilled guidance the transformer is told; 1 is the plain conditional velocity
+    drop: float = 0.1  # share of captions left empty
+    times: Literal["shift", "logit-normal", "uniform"] = "shift"  # at which noise levels; shift: as at sampling this size
+    held_out: float = 0.05  # share of the pictures that training never sees, for the validation loss
+    cache: bool = True  # make latents and text features once, into the folder cache/ of --out, which runs share
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.held_out < 1:
+            raise UserError(f"--held-out {self.held_out}: expected a share from 0 to below 1, such as 0.05")
 
 
 def _at_least(least: int, settings, *names: str) -> None:

@@ -1,0 +1,133 @@
+"""A linear layer with LoRAs beside it: y = W x + bias + sum_i s_i delta_i(x), any number at once, strengths free to change.
+
+Whatever the LoRAs are, they are folded into one plan: all A side by side, so that x is read once, and one B for each range
+of output rows, with the strengths in it. The layer itself is left as it is, in whatever form its weight is stored.
+"""
+
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora.adapter import Bias, Dora, LowRank, Term, as_low_rank
+
+
+@dataclass
+class Plan:
+    """What is added to a linear layer's output. All tensors have the dtype and device in which the layer computes."""
+
+    A: Tensor | None = None  # (R, in): the low-rank terms of all LoRAs, those of one range of rows beside each other
+    ranges: list[tuple[int, int, int, Tensor]] = field(default_factory=list)  # start, stop, R of it, B with its strength
+    others: list[tuple[int, int, Term, Tensor, Tensor | None]] = field(default_factory=list)  # no low rank: start, stop,
+    #                                                    the term, what its rows (or 1) and its inputs are multiplied with
+    row_gain: Tensor | None = None  # (out,): DoRA by rows adds this times W x
+    column_gains: list[tuple[int, int, Tensor]] = field(default_factory=list)  # start, stop, gain: adds W (gain * x)
+    bias: Tensor | None = None  # (out,)
+
+
+class LoraLinear(nn.Module):
+    """A linear layer `base` and what is added to it: a plan of given LoRAs, and, while one is trained, a pair of factors."""
+
+    def __init__(self, base: nn.Module):
+        super().__init__()
+        self.base = base
+        self.plan = Plan()
+        self.trained: TrainedLora | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out). Inputs beyond the layer's own are seen by the LoRAs alone (control LoRAs)."""
+        own, plan = x[..., :self.base.in_features], self.plan
+        y = self.base(own)
+        before = y if plan.row_gain is None else y.clone()
+        if plan.A is not None:
+            inner = F.linear(x[..., :plan.A.shape[1]], plan.A).flatten(0, -2)  # (tokens, R)
+            first, out = 0, y.view(-1, y.shape[-1])
+            for start, stop, rank, B in plan.ranges:
+                out[:, start:stop].addmm_(inner[:, first:first + rank], B.T)
+                first += rank
+        for start, stop, term, rows, columns in plan.others:
+            seen = x[..., :term.shape[1]]
+            y[..., start:stop] += rows * term(seen if columns is None else seen * columns)
+        for start, stop, gain in plan.column_gains:
+            y[..., start:stop] += F.linear(own * gain, weight_of(self.base)[start:stop].to(y.dtype))
+        if plan.row_gain is not None:
+            bias = self.base.bias
+            y += plan.row_gain * (before if bias is None else before - bias)
+        if plan.bias is not None:
+            y += plan.bias
+        return y if self.trained is None else y + self.trained(x)
+
+
+class TrainedLora(nn.Module):
+    """scale * B (A x) with A and B to learn, in float32: A Gaussian of variance 1 / in, B zero (arXiv 2106.09685, 4.1)."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, scale: float, device: torch.device | str = "cpu"):
+        super().__init__()
+        self.scale = scale
+        self.A = nn.Parameter(torch.randn(rank, in_features, device=device) * in_features ** -0.5)
+        self.B = nn.Parameter(torch.zeros(out_features, rank, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
+
+
+def weight_of(base: nn.Module) -> Tensor:
+    """The weight (out, in) in a floating-point form; a layer that stores it otherwise has `dequantised()`."""
+    return base.dequantised() if hasattr(base, "dequantised") else base.weight
+
+
+def plan(base: nn.Module, loras: list[tuple[tuple[Term, ...], float]]) -> Plan:
+    """Fold (terms, strength) of several LoRAs for one layer. A strength of 0 leaves nothing behind, bit for bit."""
+    loras = [(terms, strength) for terms, strength in loras if strength]
+    weight = base.weight
+    device, dtype = weight.device, getattr(base, "compute_dtype", weight.dtype)
+    out, pairs, made = Plan(), {}, {}
+
+    def add(total: Tensor | None, part: Tensor, start: int) -> Tensor:
+        total = torch.zeros(base.out_features, device=device) if total is None else total
+        total[start:start + len(part)] += part.to(device)
+        return total
+
+    for terms, strength in loras:
+        for term in terms:
+            start, stop = term.start, term.start + term.shape[0]
+            if isinstance(term, Bias):
+                out.bias = add(out.bias, strength * term.value.float(), start)
+                continue
+            rows = columns = None
+            if isinstance(term, Dora):  # s (g (W + D) - W) = s (g - 1) W + s g D, and the same with columns
+                gain = term.gain(weight_of(base)[start:stop].cpu())
+                if term.axis == "out":
+                    rows = gain
+                    out.row_gain = add(out.row_gain, strength * (gain - 1), start)
+                else:
+                    columns = gain
+                    made.setdefault((start, stop), []).append(strength * (gain - 1))
+                term = term.inner
+            term = as_low_rank(term)
+            if isinstance(term, LowRank):
+                A, B = term.A.float(), strength * term.scale * term.B.float()
+                pairs.setdefault((start, stop), []).append((A if columns is None else A * columns,
+                                                            B if rows is None else rows[:, None] * B))
+            else:
+                times = torch.as_tensor(strength if rows is None else strength * rows, device=device).to(dtype)
+                out.others.append((start, stop, _moved(term, device, dtype), times,
+                                   None if columns is None else columns.to(device, dtype)))
+    out.column_gains = [(*rows, sum(gains).to(device, dtype)) for rows, gains in made.items()]
+    if pairs:
+        widest = max(A.shape[1] for group in pairs.values() for A, _ in group)
+        out.A = torch.cat([F.pad(A, (0, widest - A.shape[1])) for group in pairs.values() for A, _ in group])
+        out.A = out.A.to(device, dtype)
+        for (start, stop), group in pairs.items():
+            B = torch.cat([B for _, B in group], dim=1).to(device, dtype)
+            out.ranges.append((start, stop, B.shape[1], B))
+    out.row_gain = None if out.row_gain is None else out.row_gain.to(dtype)
+    out.bias = None if out.bias is None else out.bias.to(dtype)
+    return out
+
+
+def _moved(term: Term, device: torch.device, dtype: torch.dtype) -> Term:
+    moved = {name: tuple(part.to(device, dtype) for part in value) if isinstance(value, tuple) else
+             value.to(device, dtype) if isinstance(value, Tensor) else value for name, value in vars(term).items()}
+    return type(term)(**moved)
