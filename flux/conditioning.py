@@ -17,7 +17,7 @@ from torch import Tensor
 from flux import latents, weights
 from flux.config import Preset
 from flux.control import ControlNet, spread
-from flux.flow import Velocity, within
+from flux.flow import Velocity
 from flux.model import Flux
 from flux.tokenizers import ClipTokenizer, T5Tokenizer
 
@@ -102,6 +102,18 @@ def with_image_tokens(cond: Condition, tokens: Tensor) -> Condition:
     return replace(cond, txt=txt, txt_ids=latents.text_ids(txt.shape[1], txt.device))
 
 
+def span(times: list[float], start: float, end: float) -> tuple[float, float]:
+    """First and last time of the steps between two shares in [0, 1] of all steps; (0, 1), which holds no time, if none."""
+    inside = times[round(start * (len(times) - 1)):round(end * (len(times) - 1))]
+    return (inside[0], inside[-1]) if inside else (0.0, 1.0)
+
+
+def within(t: Tensor, span: tuple[float, float]) -> bool:
+    """Whether a step at t (B,), one time for all, is in the span; times that t's dtype cannot tell apart count as one."""
+    first, last = torch.tensor(span, dtype=t.dtype).tolist()
+    return last <= t[0].item() <= first
+
+
 def velocity(model: Flux, cond: Condition, residuals: Residuals | None = None) -> Velocity:
     """The model under a condition, as a function of the noisy tokens and the time alone."""
     guidance = None
@@ -123,7 +135,7 @@ def control(branch: ControlNet, hint: Tensor, cond: Condition, depths: tuple[int
             span: tuple[float, float] = (1.0, 0.0)) -> Residuals:
     """What a ControlNet adds inside, for a model of so many double and single blocks.
 
-    hint (1 or B, L_img, D) of `embed`; `scale` times the branch's answer, in the steps of a `flow.span`.
+    hint (1 or B, L_img, D) of `embed`; `scale` times the branch's answer, in the steps of a `span`.
     """
     guidance = None
     if branch.config.guidance_embed:
@@ -140,7 +152,7 @@ def control(branch: ControlNet, hint: Tensor, cond: Condition, depths: tuple[int
 
 
 def guided(both: Velocity, plain: Velocity, scale: float, span: tuple[float, float]) -> Velocity:
-    """Classifier-free guidance (arXiv 2207.12598) in the steps of a `flow.span`, the plain velocity in the others.
+    """Classifier-free guidance (arXiv 2207.12598) in the steps of a `span`, the plain velocity in the others.
 
     both: the velocity of a doubled batch, under the prompts and then under the negative ones.
     """

@@ -213,5 +213,5 @@ def controlled(asked: Conditioned, given: Inputs, autoencoder: AutoEncoder, mode
     hint = branch.embed(image if branch.pixels else autoencoder.encode(image))
     rule = asked.control_index or ("repeat" if branch.pixels else "interval")  # as the two kinds are used
     depths = model.flux.depth, model.flux.depth_single_blocks
-    span = flow.span(times, asked.control_start, asked.control_end)
+    span = conditioning.span(times, asked.control_start, asked.control_end)
     return lambda cond: conditioning.control(branch, hint, cond, depths, rule, asked.control_scale, span)

@@ -115,7 +115,7 @@ def test_a_lora_is_trained_saved_resumed_and_drawn_with():
     for layer, terms in whole.layers.items():
         assert torch.equal(terms[0].B, halved.layers[layer][0].B) and terms[0].B.any() and terms[0].rank == 2
     assert whole.metadata["ss_network_dim"] == "2"
-    assert "flux.safetensors" in whole.metadata["minflux"]
+    assert '"parents": {"flux": "' in whole.metadata["minflux"]
     assert Path("whole/lora/samples/step_000004.png").exists()
     plain = draw("a red circle")
     assert not np.array_equal(draw("a red circle", "--lora", "whole/lora/final.safetensors:9"), plain)

@@ -115,8 +115,8 @@ def test_guidance_goes_away_from_the_negative_prompt(scale):
 
 def test_guidance_has_a_window_of_steps():
     times, seen = flow.schedule(5, 6), []
-    v, wanted, _, img, _ = pair(3.0, flow.span(times, 0.2, 0.6), seen)
+    v, wanted, _, img, _ = pair(3.0, conditioning.span(times, 0.2, 0.6), seen)
     flow.euler(v, img, times)
     assert [t for _, t in seen] == pytest.approx(times[1:3])
-    never = pair(3.0, flow.span(times, 0.5, 0.5))[0]
+    never = pair(3.0, conditioning.span(times, 0.5, 0.5))[0]
     assert torch.equal(flow.euler(never, img, times), flow.euler(wanted, img, times))

@@ -138,8 +138,8 @@ def test_scale_window_and_references():
     plain = conditioning.velocity(model, cond)(img, t)
     times = flow.schedule(4, 6)  # t = 0.7 is in none of its steps, but between the first and the last
     assert torch.equal(v(cond, 0.0), plain) and not torch.equal(v(cond), plain)
-    assert torch.equal(v(cond, 1.0, flow.span(times, 0, 0.25)), plain)
-    assert torch.equal(v(cond, 1.0, flow.span(times, 0, 1)), v(cond))
+    assert torch.equal(v(cond, 1.0, conditioning.span(times, 0, 0.25)), plain)
+    assert torch.equal(v(cond, 1.0, conditioning.span(times, 0, 1)), v(cond))
     one = conditioning.control(branch, hint, cond, (2, 2), "repeat", 1.0)(img, t)
     two = conditioning.control(branch, hint, cond, (2, 2), "repeat", 2.0)(img, t)
     assert len(one) == 4 and all(torch.equal(2 * a, b) for a, b in zip(one, two, strict=True))

@@ -66,8 +66,8 @@ def test_a_span_holds_its_steps(steps, dtype):
     times = flow.schedule(steps, 256)
     for start, end in ((0, 1), (0, 0.5), (0.25, 0.75), (0.5, 1), (0.1, 0.2)):
         first, last = round(start * steps), round(end * steps)
-        held = flow.span(times, start, end)
-        inside = [flow.within(torch.full((2,), t, dtype=dtype), held) for t in times[:-1]]
+        held = conditioning.span(times, start, end)
+        inside = [conditioning.within(torch.full((2,), t, dtype=dtype), held) for t in times[:-1]]
         assert inside == [first <= i < last for i in range(steps)]
 
 

@@ -96,7 +96,8 @@ class TextToImage(Conditioned):
         if not self.guided:
             return under(prompts)
         both = under(prompts + [self.negative or ""] * len(prompts))
-        return conditioning.guided(both, under(prompts), self.cfg_scale, flow.span(times, self.cfg_start, self.cfg_end))
+        span = conditioning.span(times, self.cfg_start, self.cfg_end)
+        return conditioning.guided(both, under(prompts), self.cfg_scale, span)
 
     def all_prompts(self) -> list[str]:
         """Those of the command, then those of the file; when there are none, no words for pictures, or the demo's own."""
