@@ -133,3 +133,11 @@ def test_the_target_and_the_scale_are_chosen():
         LoraTask(replace(settings, target="nothing"))
     with pytest.raises(UserError, match="--rank 0: expected 1 or more"):
         TrainLora(rank=0)
+
+
+@pytest.mark.parametrize("words", [("--store", "fp8"), ("--store", "int8"), ("--strips",)])
+def test_less_memory_nearly_the_same_picture_with_loras_too(words):
+    lora("a.safetensors", {"single_blocks.0.linear2": (192, 960), "img_in": (192, 64)})
+    for more in ((), ("--lora", "a.safetensors:0.5")):
+        plain, less = draw("a red circle", *more).astype(float), draw("a red circle", *more, *words).astype(float)
+        assert abs(plain - less).mean() < (0.01 if "--strips" in words else 8)

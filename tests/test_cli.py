@@ -516,4 +516,5 @@ def test_a_recipe_may_have_a_stage_without_a_name():
         cli.training(["demo", "flwo"])
     name, stage, instance = cli.training(["demo", "--seed", "3"])
     assert (name, stage, instance.seed) == ("demo", "", 3)
-    assert [stage for stage, _ in instance.stages()] == ["autoencoder", "pair", "flow", "guidance", "evaluate"]
+    assert [stage for stage, _ in instance.stages()] == [
+        "autoencoder", "pair", "flow", "guidance", "reader", "evaluate"]

@@ -11,6 +11,7 @@ from pathlib import Path
 from flux.demo.autoencoder_stage import TrainAutoencoder
 from flux.demo.evaluate import Evaluate
 from flux.demo.flow_stage import TrainFlow, TrainGuidance
+from flux.demo.lora_trial import JudgeLora
 from flux.demo.pair_stage import TrainPair
 from flux.demo.reader_stage import TrainReader
 
@@ -30,4 +31,4 @@ class TrainAll:
 
 
 TRAIN = {"": TrainAll, "autoencoder": TrainAutoencoder, "pair": TrainPair, "flow": TrainFlow, "guidance": TrainGuidance,
-         "reader": TrainReader, "evaluate": Evaluate}
+         "reader": TrainReader, "evaluate": Evaluate, "lora": JudgeLora}

@@ -14,7 +14,21 @@ from PIL import Image
 from torch import nn
 from tqdm import tqdm
 
-from flux import adapters, checkpoint, conditioning, device, fill, flow, inputs, latents, parallel, pictures, weights
+from flux import (
+    adapters,
+    checkpoint,
+    conditioning,
+    device,
+    fill,
+    flow,
+    inputs,
+    latents,
+    parallel,
+    pictures,
+    storage,
+    strips,
+    weights,
+)
 from flux.config import preset
 from flux.demo import scene
 from flux.errors import UserError
@@ -59,8 +73,11 @@ class TextToImage(Conditioned):
             del encoders  # the memory of T5 is the transformer's now
             seen = inputs.image_tokens(given, found, model, dtype, place)
             autoencoder = weights.load_autoencoder(found, model.autoencoder, dtype, place).eval()
+            autoencoder = strips.InStrips(autoencoder) if self.strips else autoencoder
             fixed = inputs.encode(given, autoencoder, model, seen)
             transformer = weights.load_flux(found, model.flux, dtype, place).eval()
+            if self.store != "plain":
+                storage.store(transformer, storage.DTYPES[self.store])
             adapters.attach(loras, "flux", transformer)
             times = flow.schedule(steps, (width // 16) * (height // 16), model.shift)
             left = flow.remaining(times, given.strength)
