@@ -47,6 +47,8 @@ class Loras:
     def unmerge(self) -> None:
         self._put(self.on, merged=False)
 
+    @torch.inference_mode(False)  # what is made here may be used in training too
+    @torch.no_grad()
     def _put(self, on: dict[str, tuple[Adapter, Strength]], merged: bool) -> None:
         loras = {}
         for adapter, strength in on.values():

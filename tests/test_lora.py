@@ -531,6 +531,34 @@ def test_gradients_of_trained_factors(attached):
     assert all(part.grad is None for name, part in model.named_parameters() if "trained" not in name)
 
 
+@pytest.mark.parametrize("kind", TERMS)
+def test_gradients_pass_through_given_loras(kind):
+    """To the input and to the layer's own weight and bias, again and again; of DoRA's norms none are taken (section 4.3). Also
+    if the strength was set under inference mode, as between two steps of a training."""
+    model, terms = net().requires_grad_(), TERMS[kind]
+    linear, loras, x, g = model[0], Loras(model), draw(2, 5, IN).requires_grad_(), draw(2, 5, OUT)
+    with torch.inference_mode():
+        loras.attach("it", Adapter({"0": terms}), 0.7)
+    for _ in range(2):
+        linear.zero_grad()
+        x.grad = None
+        (model[0](x) * g).sum().backward()
+    wide = nn.Linear(IN, OUT)
+    wide.weight.data, wide.bias.data = linear.weight.data, torch.zeros(OUT)
+    effect = reference(wide, torch.eye(IN), *[(tuple(t for t in terms if not isinstance(t, Bias)), 0.7)]).T
+    near(x.grad, g.double() @ effect, 1e-5)
+    near(linear.bias.grad, g.sum((0, 1)).double(), 1e-5)
+    gains = torch.ones(OUT, IN, dtype=torch.float64)  # DoRA multiplies the weight too
+    for term in terms:
+        if isinstance(term, Dora):
+            rows, base = slice(term.start, term.start + term.shape[0]), linear.weight.detach().double()
+            changed = base[term.start:term.start + term.shape[0]] + dense(term.inner, base)
+            dim = 1 if term.axis == "out" else 0
+            m = term.magnitude.double()
+            gains[rows] += 0.7 * ((m[:, None] if dim else m) / changed.norm(dim=dim, keepdim=True) - 1)
+    near(linear.weight.grad, gains * torch.einsum("bto,bti->oi", g.double(), x.detach().double()), 1e-5)
+
+
 def test_gradients_against_differences():
     """Of one loss, by a step of 1e-4 to either side in float64."""
     model = net().double()

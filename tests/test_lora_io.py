@@ -15,13 +15,15 @@ import torch
 from torch import Tensor, nn
 
 from flux import checkpoint, lora_names
+from flux.clip import ClipText
 from flux.config import DEMO, DEV, FluxConfig
 from flux.errors import UserError
 from flux.model import Flux
+from flux.t5 import T5Encoder
 from golden import load
 from lora import adapter, io
 from lora.dialects import Names
-from lora.inject import Loras
+from lora.inject import Loras, check
 
 PATH = Path("some.safetensors")
 GOLDENS = ("bfl", "bfl_control", "comfy", "diffsynth", "diffusers", "diffusers_alpha", "kohya", "xlabs")
@@ -386,6 +388,8 @@ def test_text_encoders_get_their_own():
         assert adapters.keys() == {"flux", "clip", "t5"}
         close(loaded(adapters["flux"]), expected)
         assert report.dropped.keys() == {*odd, f"{idle}.lora_down.weight", f"{idle}.lora_up.weight"}
+        check(ClipText(DEMO.clip), adapters["clip"], "it")
+        check(T5Encoder(DEMO.t5), adapters["t5"], "it")
         for part, start in (("clip", "text"), ("t5", "encoder")):
             close({layer: adapter.delta(terms, layers[layer], dtype=torch.float64)
                    for layer, terms in adapters[part].layers.items()},
