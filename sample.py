@@ -4,6 +4,7 @@ Nothing imported at the top here brings torch, numpy or PIL along: help and mist
 """
 
 import math
+import sys
 from pathlib import Path
 
 from flux import cli
@@ -24,7 +25,7 @@ def main(argv: list[str]) -> int | None:
         print(help_of(named, found) if named else overview(found))
         return None
     picture, words = cli.take(words, "--from")
-    name, settings = remembered(Path(picture), found) if picture else (named or DEFAULT, {})
+    name, settings, files = remembered(Path(picture), found) if picture else (named or DEFAULT, {}, {})
     if named and named != name:
         raise UserError(f"--from {picture} was made by {name}, expected {named}; leave out the word {named}")
     command = command_of(name, found)
@@ -37,7 +38,7 @@ def main(argv: list[str]) -> int | None:
         raise
     instance = cli.build(found[name], command, values)
     print(cli.to_toml(instance), flush=True)
-    save(name, instance)
+    save(name, instance, files)
     return None
 
 
@@ -66,8 +67,8 @@ def overview(found: dict[str, Path]) -> str:
     return f"{text}\n\n{help_of(DEFAULT, found)}" if DEFAULT in found else text
 
 
-def remembered(picture: Path, found: dict[str, Path]) -> tuple[str, dict]:
-    """(recipe, settings) from a picture's metadata, which anyone may have written: nothing of it is believed unchecked.
+def remembered(picture: Path, found: dict[str, Path]) -> tuple[str, dict, dict]:
+    """(recipe, settings, files) from a picture's metadata, which anyone may have written: none is believed unchecked.
 
     The folder it was saved in is not taken over: `out` is the user's to say.
     """
@@ -80,15 +81,16 @@ def remembered(picture: Path, found: dict[str, Path]) -> tuple[str, dict]:
                         "pictures saved with --no-metadata or by other programs cannot be made again")
     if name not in found:
         raise UserError(f"--from {picture} was made by {name!r}, expected a recipe of {', '.join(found)}; add its file")
-    return name, {key: value for key, value in settings.items() if key != "out"}
+    files = metadata.get("files")
+    return name, {key: value for key, value in settings.items() if key != "out"}, files if isinstance(files, dict) else {}
 
 
-def save(name: str, instance) -> None:
+def save(name: str, instance, files: dict) -> None:
     """Writes every (PIL image, metadata) of `instance.images()`, the configuration, and a contact sheet of several.
 
     `metadata["seed"]` goes into the file's name and `metadata["prompt"]`, if there, under the picture in the sheet.
     `metadata["config"]`, if there, is the instance that makes this one picture alone; it stands in for `instance` in
-    what `--from` reads.
+    what `--from` reads. One warning where `metadata["files"]` are not those that were remembered as `files`.
     """
     from flux import pictures
 
@@ -101,6 +103,9 @@ def save(name: str, instance) -> None:
         print(path, flush=True)
         if first is None:
             first = path
+            changed = [part for part, mark in metadata.get("files", {}).items() if files.get(part, mark) != mark]
+            if changed:
+                print(f"warning: {', '.join(changed)} changed since the picture was made", file=sys.stderr)
             cli.write_toml(path.with_suffix(".toml"), instance, f"python sample.py {name} --config {path.stem}.toml")
         pils.append(pil)
         prompts.append(metadata.get("prompt", ""))

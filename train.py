@@ -142,7 +142,7 @@ def train(task, settings, run: Path) -> Counter:
             while step < settings.steps:
                 started = time.perf_counter()
                 for group in optimiser.param_groups:
-                    group["lr"] = learning_rate(step, settings)
+                    group["lr"] = learning_rate(step, settings) * group.get("lr_scale", 1)
                 total = 0.0
                 for micro in share:
                     with team.together(), log.time("data"):

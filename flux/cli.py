@@ -172,6 +172,18 @@ def _members(path: Path, node: ast.ClassDef) -> tuple[dict[str, Field], str | No
     return members, positional
 
 
+def path_and_scale(flag: str, word: str, least: float, most: float) -> tuple[Path, float]:
+    """PATH or PATH:SCALE of a flag; without a scale it is 1. A colon before no number is part of the name."""
+    path, _, scale = word.rpartition(":")
+    try:
+        value = float(scale) if path else 1.0
+    except ValueError:
+        return Path(word), 1.0
+    if not least <= value <= most:
+        raise UserError(f"{flag} {word}: scale {scale}, expected a number from {least:g} to {most:g}; write {path}:0.5")
+    return Path(path or word), value
+
+
 def wants_help(argv: list[str]) -> bool:
     words = argv[:argv.index("--")] if "--" in argv else argv
     return "--help" in words or "-h" in words

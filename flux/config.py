@@ -144,12 +144,23 @@ class Preset:
     steps: int = 28
     guidance: float = 3.5
     shift: bool = True  # whether the schedule moves towards noise with the number of tokens
+    takes: str = ""  # what it was trained to be given beside the prompt: "mask", "control", "reference"
+    reference_sizes: tuple[tuple[int, int], ...] = ()  # width, height in pixels a reference is resized to; (): its own
 
+
+# Kontext's, from tall to wide, about one megapixel each (flux.md section 2).
+KONTEXT_SIZES = ((672, 1568), (688, 1504), (720, 1456), (752, 1392), (800, 1328), (832, 1248), (880, 1184), (944, 1104),
+                 (1024, 1024), (1104, 944), (1184, 880), (1248, 832), (1328, 800), (1392, 752), (1456, 720), (1504, 688),
+                 (1568, 672))
 
 DEV = Preset()
 KREA = replace(DEV, name="krea", guidance=2.5)
 SCHNELL = replace(DEV, name="schnell", flux=FluxConfig(guidance_embed=False), t5_length=256, steps=4, guidance=0.0,
                   shift=False)
+FILL = replace(DEV, name="fill", flux=FluxConfig(in_channels=64 + 64 + 256), guidance=30.0, steps=50, takes="mask")
+KONTEXT = replace(DEV, name="kontext", guidance=2.5, steps=30, takes="reference", reference_sizes=KONTEXT_SIZES)
+CANNY = replace(DEV, name="canny", flux=FluxConfig(in_channels=64 + 64), guidance=30.0, steps=50, takes="control")
+DEPTH = replace(CANNY, name="depth", guidance=10.0)
 DEMO = Preset(
     name="demo",
     flux=FluxConfig(vec_in_dim=96, context_in_dim=96, hidden_size=192, num_heads=6, depth=2, depth_single_blocks=6,
@@ -163,7 +174,8 @@ DEMO = Preset(
                         image_size=128, patch_size=16),
     t5_length=24, width=128, height=128, steps=20, guidance=2.0,
 )
-PRESETS = {preset.name: preset for preset in (DEMO, DEV, KREA, SCHNELL)}
+DEMO_FILL = replace(DEMO, name="demo-fill", flux=replace(DEMO.flux, in_channels=64 + 64 + 256), takes="mask")
+PRESETS = {preset.name: preset for preset in (DEMO, DEV, KREA, SCHNELL, FILL, KONTEXT, CANNY, DEPTH, DEMO_FILL)}
 
 # Small enough for tests that build a model in milliseconds, with the proportions of the real one.
 TINY = FluxConfig(vec_in_dim=24, context_in_dim=28, hidden_size=32, num_heads=2, depth=1, depth_single_blocks=2,

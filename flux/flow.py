@@ -43,6 +43,23 @@ def schedule(steps: int, tokens: int, shift: bool = True, base_shift: float = 0.
     return [shift_time(t, mu(tokens, base_shift, max_shift)) for t in times] if shift else times
 
 
+def remaining(times: list[float], strength: float) -> list[float]:
+    """The end of a schedule from its time nearest to `strength` in [0, 1]: all of it for 1, only the image's 0.0 for 0."""
+    return times[min(range(len(times)), key=lambda i: abs(times[i] - strength)):]
+
+
+def span(times: list[float], start: float, end: float) -> tuple[float, float]:
+    """First and last time of the steps between two shares in [0, 1] of all steps; (0, 1), which holds no time, if none."""
+    inside = times[round(start * (len(times) - 1)):round(end * (len(times) - 1))]
+    return (inside[0], inside[-1]) if inside else (0.0, 1.0)
+
+
+def within(t: Tensor, span: tuple[float, float]) -> bool:
+    """Whether a step at t (B,), one time for all, is in the span; times that t's dtype cannot tell apart count as one."""
+    first, last = torch.tensor(span, dtype=t.dtype).tolist()
+    return last <= t[0].item() <= first
+
+
 def draw_t(count: int, generator: torch.Generator, mean: float = 0.0, std: float = 1.0) -> Tensor:
     """Logit-normal times (count,): sigmoid(mean + std * n). mean = mu(tokens) matches the shift that sampling uses."""
     return torch.sigmoid(mean + std * torch.randn(count, generator=generator))

@@ -26,8 +26,8 @@ class Flux(nn.Module):
                 guidance: Tensor | None = None, residuals: list[Tensor] | None = None) -> Tensor:
         """img (B, L_img, C), txt (B, L_txt, 4096), vec (B, 768), t (B,), guidance (B,) -> velocity (B, L_img, 64).
 
-        ids are (B or 1, L, 3): frame, row, column. `residuals`: one (B, L_img, D) per double block, added to the image
-        stream after it (ControlNet branches, LucidFlux).
+        ids are (B or 1, L, 3): frame, row, column. `residuals`: one (B, L_img, D) per double block, and then perhaps one
+        per single block, added to the image tokens after it (ControlNet branches, LucidFlux).
         """
         vec = self.condition(vec, t.to(img.dtype), guidance)
         img, txt = self.img_in(img), self.txt_in(txt)                                      # both (B, L, D)
@@ -38,8 +38,10 @@ class Flux(nn.Module):
                 img = img + residuals[i]
         x, start = torch.cat((txt, img), dim=1), txt.shape[1]
         del img, txt
-        for block in self.single_blocks:
+        for i, block in enumerate(self.single_blocks, len(self.double_blocks)):
             x = block(x, vec, pe)
+            if residuals is not None and i < len(residuals):
+                x = torch.cat((x[:, :start], x[:, start:] + residuals[i]), dim=1)
         return self.final_layer(x[:, start:], vec)
 
     def condition(self, vec: Tensor, t: Tensor, guidance: Tensor | None) -> Tensor:

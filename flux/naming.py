@@ -17,13 +17,15 @@ from flux.checkpoint import layout, refuse, shown
 Recipe = tuple[str, tuple[str, ...], Callable[..., Tensor]]
 
 EXPECTED = {"flux": "a FLUX.1 transformer", "ae": "the FLUX.1 autoencoder", "clip": "the CLIP-L text encoder",
-            "t5": "the T5 v1.1 XXL encoder", "siglip": "a SigLIP vision tower"}
+            "t5": "the T5 v1.1 XXL encoder", "siglip": "a SigLIP vision tower",
+            "redux": "the FLUX.1 Redux embedder"}
 PREFIXES = {  # the last, bare one is for files that hold one part only
     "flux": ("model.diffusion_model.", "diffusion_model.", "transformer.", ""),
     "ae": ("vae.", "first_stage_model.", ""),
     "clip": ("text_encoders.clip_l.transformer.", "text_encoders.clip_l.", ""),
     "t5": ("text_encoders.t5xxl.transformer.", "text_encoders.t5xxl.", ""),
     "siglip": ("",),
+    "redux": ("",),
 }
 OTHER_PARTS = re.compile(r"(model\.diffusion_model|vae|first_stage_model|text_encoders)\.")
 IGNORED = {  # constants, and the towers and heads that FLUX does not use
@@ -54,7 +56,7 @@ KINDS = (
                                            "\ndown_blocks.1.attentions.")),
     ("", "a Stable Diffusion autoencoder", ("\nquant_conv.", "\npost_quant_conv.")),
     ("", "a Wan autoencoder", ("\ndecoder.middle.",)),
-    ("", "the FLUX.1 Redux embedder", ("\nredux_up.",)),
+    ("redux", EXPECTED["redux"], ("\nredux_up.",)),
     ("", "a LucidFlux checkpoint", ("\ncondition_lq.",)),
     ("", "a SwinIR restorer", (".residual_group.blocks.",)),
     ("", "a UMT5 text encoder", ("encoder.block.1.layer.0.SelfAttention.relative_attention_bias.",)),
@@ -186,6 +188,28 @@ def select(state: Mapping[str, Tensor], part: str, path: Path) -> Mapping[str, T
            if name.startswith(prefix) or not OTHER_PARTS.match(name))
     kept = ((bare, (name,), _same) for bare, name in own if part not in IGNORED or not IGNORED[part].fullmatch(bare))
     return to_own_names(unscaled(Renamed(state, kept, path), path), part, path)
+
+
+def select_control(state: Mapping[str, Tensor], path: Path) -> Mapping[str, Tensor]:
+    """The tensors of a ControlNet for FLUX.1 under the names of `flux/control.py`."""
+    if "controlnet_mode_embedder.weight" in state:
+        raise refuse(path, "is a union ControlNet, which wants a mode", "one that was trained for one kind of picture",
+                     "name another file")
+    if "controlnet_blocks.0.weight" not in state or not {"img_in.weight", "x_embedder.weight"} & set(state):
+        raise refuse(path, f"is {describe(state)}", "a ControlNet for FLUX.1 in diffusers' or XLabs' form",
+                     "name another file")
+    if not is_diffusers(state):
+        return state
+    pixels = any(name.startswith("input_hint_block.") for name in state)
+    own = to_bfl(state, "flux", path)
+    return Renamed(own, ((_hint_name(name), (name,), _same) for name in own), path) if pixels else own
+
+
+def _hint_name(name: str) -> str:
+    """diffusers' names in a ControlNet that reads pixels -> XLabs', who count the activations between convolutions too."""
+    name = name.replace("controlnet_x_embedder.", "pos_embed_input.")
+    name = name.replace("input_hint_block.conv_in.", "input_hint_block.0.").replace("_block.conv_out.", "_block.14.")
+    return re.sub(r"^input_hint_block\.blocks\.(\d)\.", lambda m: f"input_hint_block.{2 * int(m[1]) + 2}.", name)
 
 
 def to_own_names(state: Mapping[str, Tensor], part: str, path: Path) -> Mapping[str, Tensor]:

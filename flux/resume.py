@@ -19,9 +19,9 @@ from torch import Tensor
 
 from flux import cache, checkpoint, parallel
 from flux.errors import UserError
+from flux.optimiser import room_for_state
 
 PARTS = ("model", "ema", "optimiser")
-ADAMW, MUON = ("step", "exp_avg", "exp_avg_sq"), ("momentum_buffer",)  # a parameter's state
 REMEDY = "name another with --resume, or start anew with --resume none"
 
 
@@ -131,11 +131,11 @@ def load(run: Path, how: str, parameters: dict[str, Tensor], optimiser: torch.op
     (model, fill_model), (ema, fill_ema), (moments, fill_moments) = (_open(folder, part) for part in PARTS)
     expected = {name: p.shape for name, p in parameters.items()}
     for found in (model, ema):
-        if found != expected:
+        if {name: tensor.shape for name, tensor in found.items()} != expected:
             raise UserError(f"{folder} trained {len(found)} tensors, this run trains {len(expected)}, and their names or "
                             f"shapes differ; expected the same model; {REMEDY}")
-    keys = {id(p): MUON if "ns_steps" in group else ADAMW for group in optimiser.param_groups for p in group["params"]}
-    states = {name: _moments(folder, name, p, keys[id(p)], moments) for name, p in parameters.items()}
+    groups = {id(p): group for group in optimiser.param_groups for p in group["params"]}
+    states = {name: room_for_state(name, p, groups[id(p)], moments, f"{folder}; {REMEDY}") for name, p in parameters.items()}
     fill_model({name: p.detach() for name, p in parameters.items()})
     fill_ema(average)
     fill_moments({f"{key}.{name}": value for name, state in states.items() for key, value in state.items()})
@@ -143,16 +143,17 @@ def load(run: Path, how: str, parameters: dict[str, Tensor], optimiser: torch.op
     return step
 
 
-def _open(folder: Path, part: str) -> tuple[dict[str, torch.Size], Callable[[dict[str, Tensor]], None]]:
-    """The shapes of one part of a checkpoint by name, and what fills tensors, split or not, with its numbers."""
+def _open(folder: Path, part: str) -> tuple[dict[str, Tensor], Callable[[dict[str, Tensor]], None]]:
+    """The layout of one part of a checkpoint, on the meta device, and what fills tensors, split or not, with its numbers."""
     if not (folder / part).is_dir():
         found = checkpoint.read(folder / f"{part}.safetensors")
-        return {name: tensor.shape for name, tensor in checkpoint.layout(found).items()}, lambda into: _fill(into, found)
+        return checkpoint.layout(found), lambda into: _fill(into, found)
     from torch.distributed import checkpoint as dcp
 
     reader = dcp.HuggingFaceStorageReader(folder / part)
-    shapes = {name: about.size for name, about in reader.read_metadata().state_dict_metadata.items()}
-    return shapes, lambda into: dcp.load(into, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
+    about = reader.read_metadata().state_dict_metadata
+    layout = {name: torch.empty(each.size, dtype=each.properties.dtype, device="meta") for name, each in about.items()}
+    return layout, lambda into: dcp.load(into, storage_reader=reader, no_dist=not torch.distributed.is_initialized())
 
 
 def _fill(into: dict[str, Tensor], found: Mapping[str, Tensor]) -> None:
@@ -162,18 +163,6 @@ def _fill(into: dict[str, Tensor], found: Mapping[str, Tensor]) -> None:
             value = torch.distributed.tensor.distribute_tensor(value.to(target.device), target.device_mesh,
                                                                target.placements, src_data_rank=None)
         target.copy_(value)
-
-
-def _moments(folder: Path, name: str, p: Tensor, keys: tuple[str, ...], shapes: dict[str, torch.Size]) -> dict[str, Tensor]:
-    """Room for the optimiser's state of one parameter, laid out in memory like it: fused AdamW walks over both side by side.
-
-    Empty for a parameter that never had a gradient.
-    """
-    found = tuple(key for key in sorted({*ADAMW, *MUON}) if f"{key}.{name}" in shapes)
-    if found not in ((), tuple(sorted(keys))):
-        raise UserError(f"{folder} has of {name} the moments {', '.join(found)}; expected {', '.join(keys)}, as this run's "
-                        f"optimiser keeps them; choose the same --optimiser, or {REMEDY}")
-    return {key: torch.empty((), device=p.device) if key == "step" else torch.empty_like(p.detach()) for key in found}
 
 
 def _whole(folder: Path) -> tuple[int, dict]:

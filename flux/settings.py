@@ -3,6 +3,7 @@
 `flux/cli.py` reads this file as text: the comment on a field's line is its help, so it carries the unit. No torch here.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -14,12 +15,13 @@ from flux.errors import UserError
 class Sampling:
     """Settings of every command that makes pictures."""
 
-    model: str = "demo"  # a preset of flux/config.py: demo, dev, krea, schnell
+    model: str = "demo"  # a preset of flux/config.py: demo, dev, krea, schnell, fill, kontext, canny, depth
     weights: Path | None = None  # folder with the weights; without it FLUX_WEIGHTS, and for demo the shipped ones
     flux: Path | None = None  # file of the transformer alone; without it FLUX_MODEL, then --weights
     ae: Path | None = None  # file of the autoencoder alone; without it FLUX_AE, then --weights
     clip: Path | None = None  # file or folder of the CLIP text encoder alone
     t5: Path | None = None  # file or folder of the T5 encoder alone
+    lora: tuple[str, ...] = ()  # PATH or PATH:SCALE of a LoRA in any format; may be repeated; scale 0 changes nothing
     width: int | None = None  # pixels, a multiple of 16: one token is 2 x 2 latents of 8 x 8 pixels
     height: int | None = None  # pixels, a multiple of 16
     steps: int | None = None  # Euler steps from noise to image; time grows with them
@@ -42,12 +44,62 @@ class Sampling:
 
 
 @dataclass(frozen=True)
+class Conditioned(Sampling):
+    """Settings of commands whose pictures follow more than a prompt; `flux/inputs.py` reads them."""
+
+    image: Path | None = None  # picture to start from, or with a mask to repaint; over twice the model's pixels it is shrunk
+    strength: float | None = None  # way back to noise that --image goes: 0 returns it, 1 forgets it; default 0.75, masked 1
+    mask: Path | None = None  # grey picture as large as --image: white is repainted, black is known; needs fill
+    outpaint: str | None = None  # pixels to add around --image, left,top,right,bottom as in 64,0,64,0; needs fill
+    keep: bool = False  # put the known pixels back: equal to --image where the mask is black
+    reference: tuple[Path, ...] = ()  # picture that the prompt changes or speaks of; needs kontext
+    control: Path | None = None  # picture of edges or depths to follow; needs canny, depth or --controlnet
+    control_from: Path | None = None  # picture whose Canny edges are followed, in place of --control
+    controlnet: Path | None = None  # file of a ControlNet for FLUX.1, which follows --control
+    control_scale: float = 1.0  # strength of the ControlNet
+    control_start: float = 0.0  # share of the steps before the ControlNet begins
+    control_end: float = 1.0  # share of the steps after which it ends
+    control_index: Literal["interval", "repeat", "identity"] | None = None  # blocks its residuals go to; default: its kind's
+    redux: tuple[str, ...] = ()  # PICTURE or PICTURE:STRENGTH, seen by Redux: the drawn one will be like it
+    redux_weights: Path | None = None  # file of the Redux embedder alone
+    siglip: Path | None = None  # file or folder of the SigLIP vision tower alone, which Redux sees with
+    negative: str | None = None  # what not to draw, by true classifier-free guidance: twice the time
+    cfg_scale: float | None = None  # of true classifier-free guidance, against --negative or no words; default: none
+    cfg_start: float = 0.0  # share of the steps before true guidance begins
+    cfg_end: float = 1.0  # share of the steps after which it ends
+
+    def __post_init__(self):
+        super().__post_init__()
+        _at_least(0, self, "cfg_scale", "control_scale")
+        for name in ("strength", "control_start", "control_end", "cfg_start", "cfg_end"):
+            share = getattr(self, name)
+            if share is not None and not 0 <= share <= 1:
+                raise UserError(f"--{name.replace('_', '-')} {share}: expected a share from 0 to 1, such as 0.5")
+        for name in ("control", "cfg"):
+            start, end = getattr(self, f"{name}_start"), getattr(self, f"{name}_end")
+            if start >= end:
+                raise UserError(f"--{name}-start {start} and --{name}-end {end}: expected start before end; change one")
+        if self.negative is not None and self.cfg_scale is None:
+            raise UserError("--negative came without --cfg-scale, expected how strongly to avoid it; add --cfg-scale 3")
+        if self.outpaint is not None:
+            self.pads  # noqa: B018  checks it
+
+    @property
+    def pads(self) -> tuple[int, ...]:
+        """Pixels that --outpaint adds left, top, right, bottom."""
+        words = ("0,0,0,0" if self.outpaint is None else self.outpaint).split(",")
+        if len(words) != 4 or not all(re.fullmatch(r" *[0-9]{1,4} *", word) for word in words):
+            raise UserError(f"--outpaint {self.outpaint!r}: expected pixels left,top,right,bottom; write it as 64,0,64,0")
+        return tuple(map(int, words))
+
+
+@dataclass(frozen=True)
 class Training:
     """Settings of every training stage; the loop in train.py reads them all."""
 
     data: Path | None = None  # folder with pictures and captions; without it the demo's renderer draws them
     steps: int = 1000  # optimizer steps
-    optimiser: Literal["adamw", "muon"] = "adamw"  # muon: orthogonal steps for the matrices inside blocks
+    optimiser: str = "adamw"  # adamw; muon (orthogonal steps for blocks' matrices); or a class, as prodigyopt.Prodigy
     lr: float = 1e-4  # learning rate after warmup; a LoRA bears ten times more than a full model
     batch: int = 1  # samples per forward pass: as many as fit in memory
     accumulate: int = 1  # forward passes per optimizer step; batch * accumulate samples make one gradient
@@ -75,10 +127,32 @@ class Training:
     def __post_init__(self):
         _at_least(1, self, "steps", "batch", "accumulate", "save_every", "keep", "log_every", "threads")
         _at_least(0, self, "warmup", "seed", "sample_every", "validate_every")
+        if self.optimiser not in ("adamw", "muon") and "." not in self.optimiser:
+            raise UserError(f"--optimiser {self.optimiser}: expected adamw, muon or a class by its import path, such as "
+                            "prodigyopt.Prodigy")
         if not self.lr > 0:
             raise UserError(f"--lr {self.lr}: expected a learning rate above 0, such as 1e-4")
         if not 0 <= self.ema < 1:
             raise UserError(f"--ema {self.ema}: expected a decay from 0 to below 1, such as 0.999")
+
+
+@dataclass(frozen=True)
+class FineTuning(Training):
+    """Settings of every training on a folder of captioned pictures; `flux/finetune.py` reads them."""
+
+    model: str = "demo"  # a preset of flux/config.py: demo, dev, krea, schnell
+    weights: Path | None = None  # folder with the weights; without it FLUX_WEIGHTS, and for demo the shipped ones
+    edge: int | None = None  # pixels: pictures go into buckets of about edge x edge; default: the model's own size
+    guidance: float = 1.0  # distilled guidance the transformer is told; 1 is the plain conditional velocity
+    drop: float = 0.1  # share of captions left empty
+    times: Literal["shift", "logit-normal", "uniform"] = "shift"  # at which noise levels; shift: as at sampling this size
+    held_out: float = 0.05  # share of the pictures that training never sees, for the validation loss
+    cache: bool = True  # make latents and text features once, into the folder cache/ of --out, which runs share
+
+    def __post_init__(self):
+        super().__post_init__()
+        if not 0 <= self.held_out < 1:
+            raise UserError(f"--held-out {self.held_out}: expected a share from 0 to below 1, such as 0.05")
 
 
 def _at_least(least: int, settings, *names: str) -> None:

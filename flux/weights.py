@@ -6,8 +6,9 @@ Read first: `checkpoint.py` (files), `naming.py` (names). `python -m flux.weight
 
 import argparse
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,12 +20,13 @@ from flux.autoencoder import AutoEncoder
 from flux.checkpoint import CheckpointError, layout, listed, read, refuse, save, shown
 from flux.clip import ClipText
 from flux.config import PRESETS, AutoEncoderConfig, ClipTextConfig, FluxConfig, Preset, SiglipConfig, T5Config
+from flux.control import ControlNet
 from flux.errors import UserError
 from flux.model import Flux
-from flux.siglip import SiglipVision
+from flux.siglip import Redux, SiglipVision
 from flux.t5 import T5Encoder
 
-PARTS = ("flux", "ae", "clip", "t5", "tokenizer", "tokenizer_2", "siglip")
+PARTS = ("flux", "ae", "clip", "t5", "tokenizer", "tokenizer_2", "siglip", "redux")
 VARIABLES = {"flux": "FLUX_MODEL", "ae": "FLUX_AE"}  # as in black-forest-labs/flux
 DEMO = Path(__file__).parent / "demo" / "weights"
 
@@ -43,14 +45,16 @@ FILES = {  # best first; {stem} is the release's file
     "clip": ("clip_l.safetensors",),
     "t5": ("t5xxl_fp16.safetensors", "t5xxl_bf16.safetensors", "t5xxl*.safetensors"),
     "siglip": ("sigclip_vision_patch14_384.safetensors",),
+    "redux": ("flux1-redux-dev.safetensors",),
 }
+FLAGS = {"redux": "redux-weights"}  # of a part that is not called like its flag: --redux names pictures
 COMFYUI = {  # folders of ComfyUI and of its models/
     "flux": ("diffusion_models", "unet", "checkpoints"), "ae": ("vae",), "clip": ("text_encoders", "clip"),
-    "t5": ("text_encoders", "clip"), "siglip": ("clip_vision",),
+    "t5": ("text_encoders", "clip"), "siglip": ("clip_vision",), "redux": ("style_models",),
 }
 DIFFUSERS = {
     "flux": "transformer", "ae": "vae", "clip": "text_encoder", "t5": "text_encoder_2", "siglip": "image_encoder",
-    "tokenizer": "tokenizer", "tokenizer_2": "tokenizer_2",
+    "redux": "image_embedder", "tokenizer": "tokenizer", "tokenizer_2": "tokenizer_2",
 }
 TOKENIZERS = {"tokenizer": (("vocab.json", "merges.txt"), ("tokenizer.json",)), "tokenizer_2": (("spiece.model",),)}
 
@@ -87,7 +91,7 @@ def find(preset: Preset, weights: str | Path | None = None, overrides: Mapping[s
         flagged, variable = (overrides or {}).get(part), env.get(VARIABLES.get(part, ""))
         in_folder = None if flagged or not folder else _search(Path(folder), preset, part)
         if flagged:
-            found[part] = _named(part, f"--{part}", flagged, published)
+            found[part] = _named(part, f"--{FLAGS.get(part, part)}", flagged, published)
         elif variable and not (in_folder and weights):
             found[part] = _named(part, VARIABLES[part], variable, published)
         elif in_folder:
@@ -105,7 +109,7 @@ def require(found: Mapping[str, Found], *parts: str) -> None:
         place = found[part]
         if place.path is None:
             what = naming.EXPECTED.get(part, f"the {'T5' if part == 'tokenizer_2' else 'CLIP'} tokenizer")
-            flag = f", or name it with --{part}" if part in FILES else ""
+            flag = f", or name it with --{FLAGS.get(part, part)}" if part in FILES else ""
             raise UserError(f"{what} is missing ({place.looked}), expected {place.published}; put it there{flag}")
 
 
@@ -191,8 +195,28 @@ def load_siglip(found: Mapping[str, Found], config: SiglipConfig, dtype: torch.d
     return load(lambda: SiglipVision(config), state_of(found, "siglip"), dtype, device, found["siglip"].path)
 
 
+def load_redux(found: Mapping[str, Found], preset: Preset, dtype: torch.dtype | None = None,
+               device: torch.device | str = "cpu") -> Redux:
+    return load(lambda: Redux(preset.siglip.hidden_size, preset.t5.d_model), state_of(found, "redux"), dtype, device,
+                found["redux"].path)
+
+
+def load_control(path: Path, config: FluxConfig, dtype: torch.dtype | None = None,
+                 device: torch.device | str = "cpu") -> ControlNet:
+    """A ControlNet for a model of this size; how many blocks it has, and whether it reads guidance, its names say."""
+    state = naming.select_control(read(path), path)
+    def blocks(kind):
+        return len({match[0] for name in state if (match := re.match(rf"{kind}_blocks\.\d+\.", name))})
+    config = replace(config, in_channels=64, depth=blocks("double"), depth_single_blocks=blocks("single"),
+                     guidance_embed=any(name.startswith("guidance_in.") for name in state))
+    pixels = "pos_embed_input.weight" in state
+    return load(lambda: ControlNet(config, pixels), state, dtype, device, path)
+
+
 def _published(preset: Preset, part: str) -> str:
     if preset.name not in RELEASES:
+        if part == "redux":
+            return "one trained for this model, which ships with none"
         return "the file that ships with minflux; `python train.py demo` makes it again"
     stem, repository = RELEASES[preset.name]
     return {
@@ -201,6 +225,7 @@ def _published(preset: Preset, part: str) -> str:
         "clip": "huggingface.co/comfyanonymous/flux_text_encoders clip_l.safetensors",
         "t5": "huggingface.co/comfyanonymous/flux_text_encoders t5xxl_fp16.safetensors",
         "siglip": "huggingface.co/black-forest-labs/FLUX.1-Redux-dev image_encoder/",
+        "redux": "huggingface.co/black-forest-labs/FLUX.1-Redux-dev flux1-redux-dev.safetensors",
     }.get(part, f"huggingface.co/{repository} {part}/")
 
 
@@ -227,7 +252,8 @@ def _places(folder: Path, preset: Preset, part: str) -> Iterator[tuple[Path, str
             yield path, "demo"
         return
     stem, repository = RELEASES[preset.name]
-    for root in (folder, folder / repository.partition("/")[2]):
+    inside = repository.partition("/")[2], *(("FLUX.1-Redux-dev",) if part in ("siglip", "redux") else ())
+    for root in (folder, *(folder / name for name in inside)):
         for inner in ("", *(f"{models}{name}" for models in ("models/", "") for name in COMFYUI.get(part, ()))):
             for pattern in FILES.get(part, ()):
                 for path in sorted((root / inner).glob(pattern.format(stem=stem))):
@@ -295,7 +321,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--model", default="demo", choices=PRESETS, help="which model (default: demo)")
     parser.add_argument("--weights", metavar="DIR", help="folder with the weights; without it FLUX_WEIGHTS")
     for part in FILES:
-        parser.add_argument(f"--{part}", metavar="FILE", help=f"{naming.EXPECTED[part]} alone")
+        parser.add_argument(f"--{FLAGS.get(part, part)}", dest=part, metavar="FILE", help=f"{naming.EXPECTED[part]} alone")
     command = parser.add_subparsers(dest="command").add_parser("convert", help="rename a checkpoint's tensors")
     command.add_argument("source", type=Path, metavar="SRC")
     command.add_argument("target", type=Path, metavar="DST")

@@ -158,7 +158,7 @@ Term = LowRank | LoKr | LoHa | Dense | Dora | Bias
 
 @dataclass(frozen=True)
 class Adapter:
-    """Terms by layer; new values of whole parameters (norm scales of control LoRAs) by name; what its file says of it."""
+    """Terms by layer; new values of whole parameters (norms, in control LoRAs) by name; what the file says of itself."""
 
     layers: Mapping[str, tuple[Term, ...]] = field(default_factory=dict)
     replaced: Mapping[str, Tensor] = field(default_factory=dict)

@@ -85,8 +85,8 @@ def understand(tensors: Mapping[str, Tensor], names: Names, metadata: Mapping[st
         raise refuse(path, f"has {len(report.unused)} of {len(tensors)} keys that are not understood: {shown(first)} {why}"
                      + (f"; also {listed(list(report.unused)[1:], 2)}" if len(report.unused) > 1 else ""),
                      "a LoRA for FLUX.1", what_else(tensors))
-    if not transformer:
-        raise refuse(path, "changes nothing of the transformer", "a LoRA for FLUX.1", "name another file")
+    if not modules and not replaced:
+        raise refuse(path, "changes nothing, it has no layer of this model", "a LoRA for FLUX.1", "name another file")
     checkpoint.check_finite(tensors, path)
     scale_of = _peft_scales(metadata, beside, path)
     adapters: dict[str, dict[str, list[Term]]] = {}
@@ -113,6 +113,8 @@ def understand(tensors: Mapping[str, Tensor], names: Names, metadata: Mapping[st
             if hasattr(inner, "scale"):
                 report.scales[inner.scale] += 1
         adapters.setdefault(place.part, {}).setdefault(place.layer, []).extend(terms)
+    if not adapters and not replaced:
+        raise refuse(path, "changes nothing, it is zero throughout", "a trained LoRA", "name another file")
     return {part: Adapter({layer: tuple(terms) for layer, terms in adapters.get(part, {}).items()},
                           replaced.get(part, {}), dict(metadata))
             for part in dict.fromkeys((*adapters, *replaced))}, report

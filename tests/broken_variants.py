@@ -53,7 +53,7 @@ VARIANTS = (  # promise, what is broken, file, text that stands there once, its 
     ("P7", "a full disk leaves half a checkpoint", "flux/resume.py",
      "    finally:\n        if team.leads:\n            shutil.rmtree(draft, ignore_errors=True)\n    return folder",
      "    finally:\n        pass\n    return folder", "test_resume.py::test_a_disk_that_fills_up"),
-    ("P8", "the crop is not part of an entry's name", "flux/recipes/t2i.py", "item.size, content(item.path)",
+    ("P8", "the crop is not part of an entry's name", "flux/finetune.py", "item.size, content(item.path)",
      "content(item.path)", "test_cache.py"),
     ("P8", "a damaged entry is believed", "flux/cache.py", 'metadata.get("sha256") == digest(kept)', "metadata",
      "test_cache.py::test_a_damaged_entry_is_made_again"),

@@ -53,6 +53,24 @@ def test_shifts_keep_the_ends_and_compose():
         assert flow.shift_time(t, 0.3) > t
 
 
+def test_what_is_left_of_a_schedule():
+    times = flow.schedule(4, 1024)  # 1, 0.849, 0.652, 0.385, 0
+    assert flow.remaining(times, 1.0) == times and flow.remaining(times, 0.0) == [0.0]
+    assert flow.remaining(times, 0.93) == times and flow.remaining(times, 0.92) == times[1:]
+    assert flow.remaining(times, 0.6) == times[2:] and flow.remaining(times, 0.19) == [0.0]
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+@pytest.mark.parametrize("steps", (1, 4, 7, 30))
+def test_a_span_holds_its_steps(steps, dtype):
+    times = flow.schedule(steps, 256)
+    for start, end in ((0, 1), (0, 0.5), (0.25, 0.75), (0.5, 1), (0.1, 0.2)):
+        first, last = round(start * steps), round(end * steps)
+        held = flow.span(times, start, end)
+        inside = [flow.within(torch.full((2,), t, dtype=dtype), held) for t in times[:-1]]
+        assert inside == [first <= i < last for i in range(steps)]
+
+
 # Training: the path, its loss, the times.
 
 def test_the_path_runs_from_the_image_to_noise():
@@ -149,20 +167,14 @@ def velocity(golden, model: Flux, dtype=torch.float32) -> flow.Velocity:
     """The golden's trajectory as a recipe closes over it: text alone, or with more channels, or with more tokens."""
     given = {name: x if name.endswith("ids") else x.to(dtype) for name, x in golden.inputs.items() if name != "schedule"}
     cond = conditioning.Condition(given["txt"], given["vec"], given["txt_ids"], given["img_ids"], golden.config["guidance"])
-    if golden.config["mode"] == "text":
-        return conditioning.velocity(model, cond)
-    guidance = torch.full((len(given["txt"]),), cond.guidance, dtype=dtype)
-
-    def fill(img, t):
-        img = torch.cat((img, given["img_cond"]), dim=-1)
-        return model(img, cond.img_ids, cond.txt, cond.txt_ids, cond.vec, t, guidance)
-
-    def kontext(img, t):
-        ids = torch.cat((cond.img_ids, given["img_cond_seq_ids"]), dim=1)
-        joined = torch.cat((img, given["img_cond_seq"]), dim=1)
-        return model(joined, ids, cond.txt, cond.txt_ids, cond.vec, t, guidance)[:, :img.shape[1]]
-
-    return {"fill": fill, "kontext": kontext}[golden.config["mode"]]
+    if golden.config["mode"] == "fill":
+        cond = conditioning.with_channels(cond, given["img_cond"])
+    if golden.config["mode"] == "kontext":
+        h, w = golden.config["cond_hw"]
+        cond = conditioning.with_references(cond, [latents.unpack(given["img_cond_seq"], 16 * h, 16 * w)])
+        assert torch.equal(cond.references, given["img_cond_seq"])
+        assert torch.equal(cond.img_ids, torch.cat((given["img_ids"], given["img_cond_seq_ids"]), dim=1))
+    return conditioning.velocity(model, cond)
 
 
 def build(golden) -> Flux:

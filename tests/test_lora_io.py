@@ -814,9 +814,14 @@ def test_sizes_are_told():
         understand({f"{stem}.lora_A.weight": draw(2, 13), f"{stem}.lora_B.weight": draw(12, 2)})
     with pytest.raises(UserError, match="changes nothing"):
         understand({})
-    with pytest.raises(UserError, match="nothing of the transformer"):  # SDXL has the same first text encoder
-        understand({f"lora_te1_text_model_encoder_layers_0_self_attn_q_proj.lora_{x}.weight": torch.ones(shape)
-                    for x, shape in (("down", (2, 96)), ("up", (96, 2)))})
+    encoder = {f"lora_te1_text_model_encoder_layers_0_self_attn_q_proj.lora_{x}.weight": torch.ones(shape)
+               for x, shape in (("down", (2, 96)), ("up", (96, 2)))}
+    assert understand(encoder)[0].keys() == {"clip"}
+    for strict in (True, False):  # SDXL has the same first text encoder
+        with pytest.raises(UserError, match="looks like one for SDXL"):
+            understand(encoder | {"lora_unet_input_blocks_4_1_proj_in.lora_down.weight": torch.ones(2, 2)}, strict=strict)
+    with pytest.raises(UserError, match="zero throughout"):
+        understand({key: torch.zeros_like(value) for key, value in encoder.items()})
     with pytest.raises(UserError, match="without B"):
         understand({f"{stem}.lora_A.weight": draw(2, 12)})
 
@@ -917,7 +922,8 @@ def judge(tensors: dict[str, Tensor], strict: bool):
         stem, role = found
         need(role not in groups.setdefault(stem, {}), "twice")
         groups[stem][role] = value
-    need(norms or any(stems[stem][0] == "flux" for stem in groups), "nothing of the transformer")
+    need(groups or norms, "nothing")
+    need(not unused or norms or any(stems[stem][0] == "flux" for stem in groups), "nothing of the transformer")
     need(not (strict and unused), "unknown")
     deltas, biases, taken, idle, wide, wide_dora = {}, {}, {}, [], False, False
     for stem, given in groups.items():
@@ -962,6 +968,7 @@ def judge(tensors: dict[str, Tensor], strict: bool):
             if part == "flux":
                 total = biases.setdefault(layer, torch.zeros(SHAPES[layer][0], dtype=torch.float64))
                 total[first:first + rows] += swap(value) if swapped else value
+    need(norms or len(idle) < len(groups), "all zero")
     dropped |= {key for key in tensors for stem in idle if key.startswith(stem + ".")}
     return deltas, biases, norms, unused, dropped, wide, wide_dora
 

@@ -1,5 +1,7 @@
 """Which parameters Muon moves, how far, and that a run with it resumes to the bit."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -87,3 +89,54 @@ def test_the_moments_of_the_other_optimiser_are_refused(saved, asked, tmp_path):
     other = Net(1)
     with pytest.raises(UserError, match="expected .*--optimiser"):
         resume.load(tmp_path, "auto", *state(other, optimisers.build(other, Training(optimiser=asked))))
+
+
+class Counting(torch.optim.Optimizer):
+    """SGD whose step shrinks with a count that it keeps for each parameter, and with a sum that it keeps for the group."""
+
+    def __init__(self, params, lr=1e-3, weight_decay=0.0):
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "seen": 0.1, "first": True})
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            for p in group["params"]:
+                state = self.state[p]
+                state["count"] = state.get("count", 0) + 1
+                state["sum"] = state.get("sum", torch.zeros(3, dtype=torch.float64)) + p.grad.double().sum()
+                group["seen"] += 0.1 * p.grad.double().square().sum().item()
+                p -= group["lr"] / (state["count"] + group["seen"]) * (p.grad + 1e-3 * state["sum"].sum().float())
+            group["first"] = False
+
+
+def test_any_optimiser_resumes_to_the_bit_with_all_its_numbers(tmp_path):
+    settings = Training(optimiser=f"{__name__}.Counting", lr=0.1)
+    nets = whole, stopped, resumed = Net(), Net(), Net(1)
+    built = [optimisers.build(net, settings) for net in nets]
+    for net, optimiser in zip(nets[:2], built[:2], strict=True):
+        steps(net, optimiser, 3)
+    resume.save(tmp_path, 3, *state(stopped, built[1]))
+    assert resume.load(tmp_path, "auto", *state(resumed, built[2])) == 3
+    inner, theirs = built[0].inner, built[2].inner
+    assert theirs.param_groups[0]["seen"] == inner.param_groups[0]["seen"] and theirs.param_groups[0]["first"] is False
+    assert [type(each["count"]) for each in theirs.state.values()] == [int] * 4
+    for net, optimiser in ((whole, built[0]), (resumed, built[2])):
+        steps(net, optimiser, 4)
+    for p, q in zip(whole.parameters(), resumed.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+@pytest.mark.parametrize("name", ["nowhere.Adam", "torch.optim.Nothing", "torch.optim.Optimizer"])
+def test_an_optimiser_that_is_not_there_is_refused(name):
+    with pytest.raises(UserError, match=f"--optimiser {name}: .*; expected adamw, muon"):
+        optimisers.build(Net(), Training(optimiser=name))
+    with pytest.raises(UserError, match="--optimiser adan: expected"):
+        Training(optimiser="adan")
+
+
+def test_b_learns_faster_than_a_under_lora_plus():
+    pair = nn.ParameterDict({"A": torch.ones(2, 2), "B": torch.ones(2, 2)})
+    net = nn.ModuleDict({"layer": nn.ModuleDict({"trained": pair})})
+    built = optimisers.build(net, SimpleNamespace(**vars(Training()), plus=16.0))
+    assert [(len(group["params"]), group["lr_scale"]) for group in built.param_groups] == [(1, 1.0), (1, 16.0)]
+    assert built.param_groups[1]["params"][0] is pair["B"]

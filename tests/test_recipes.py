@@ -153,6 +153,8 @@ def test_tuning_without_pictures_is_a_mistake(tmp_path):
         t2i.FineTune().task()
     with pytest.raises(UserError, match="no data at"):
         t2i.FineTune(data=tmp_path / "nowhere").task()
+    with pytest.raises(UserError, match="--model canny draws from a prompt and a control picture"):
+        t2i.FineTune(data=tmp_path, model="canny").task()
 
 
 def test_evaluation_writes_its_table(shipped, tmp_path, monkeypatch, capsys):

@@ -30,7 +30,7 @@ from flux.clip import ClipText
 from flux.config import DEMO, DEV, KREA, SCHNELL, AutoEncoderConfig, ClipTextConfig, FluxConfig, SiglipConfig, T5Config
 from flux.errors import UserError
 from flux.model import Flux
-from flux.siglip import SiglipVision
+from flux.siglip import Redux, SiglipVision
 from flux.t5 import T5Encoder
 
 ROOT = Path(__file__).parents[1]
@@ -637,6 +637,7 @@ def test_full_size_names_and_shapes(name):
     ("ae_diffusers", "ae", lambda: AutoEncoder(DEV.autoencoder)),
     ("clip_l_text", "clip", lambda: ClipText(DEV.clip)), ("t5_xxl_encoder", "t5", lambda: T5Encoder(DEV.t5)),
     ("siglip_so400m_patch14_384", "siglip", lambda: SiglipVision(DEV.siglip)),
+    ("redux_connector", "redux", lambda: Redux(DEV.siglip.hidden_size, DEV.t5.d_model)),
 ])
 def test_released_files_fit_our_modules(name, part, build):
     with torch.device("meta"):
@@ -729,14 +730,18 @@ LAYOUTS = {
     "bfl": {"flux": "flux1-dev.safetensors", "ae": "ae.safetensors"},
     "comfyui": {"flux": "models/unet/flux1-dev.safetensors", "ae": "models/vae/ae.safetensors",
                 "clip": "models/clip/clip_l.safetensors", "t5": "models/text_encoders/t5xxl_fp8_e4m3fn.safetensors",
-                "siglip": "models/clip_vision/sigclip_vision_patch14_384.safetensors"},
+                "siglip": "models/clip_vision/sigclip_vision_patch14_384.safetensors",
+                "redux": "models/style_models/flux1-redux-dev.safetensors"},
     "comfyui models": {"flux": "diffusion_models/flux1-dev-fp8.safetensors", "ae": "vae/ae.safetensors",
                        "clip": "text_encoders/clip_l.safetensors", "t5": "clip/t5xxl_fp16.safetensors"},
     "diffusers": {"flux": "transformer/diffusion_pytorch_model.safetensors",
                   "ae": "vae/diffusion_pytorch_model.safetensors",
                   "clip": "text_encoder/model.safetensors", "t5": "text_encoder_2/model.safetensors",
-                  "siglip": "image_encoder/model.safetensors"},
-    "diffusers inside": {"flux": "FLUX.1-dev/transformer/diffusion_pytorch_model.safetensors"},
+                  "siglip": "image_encoder/model.safetensors",
+                  "redux": "image_embedder/diffusion_pytorch_model.safetensors"},
+    "diffusers inside": {"flux": "FLUX.1-dev/transformer/diffusion_pytorch_model.safetensors",
+                         "siglip": "FLUX.1-Redux-dev/image_encoder/model.safetensors"},
+    "bfl inside": {"redux": "FLUX.1-Redux-dev/flux1-redux-dev.safetensors"},
 }
 
 
@@ -813,7 +818,7 @@ def test_the_demo_lies_in_the_package(tmp_path, monkeypatch):
     found = weights.find(DEMO)
     assert {part: place.path for part, place in found.items()} == {
         **{name: tmp_path / f"{name}.safetensors" for name in names},
-        "tokenizer": tmp_path / "tokenizer", "tokenizer_2": tmp_path / "tokenizer_2"}
+        "tokenizer": tmp_path / "tokenizer", "tokenizer_2": tmp_path / "tokenizer_2", "redux": None}
     assert weights.find(replace(DEMO, name="demo-fill"))["flux"].path == tmp_path / "flux-fill.safetensors"
     save(tmp_path / "siglip.safetensors", weights_of(SiglipVision, SIGLIP))
     weights.load_siglip(found, SIGLIP)

@@ -29,7 +29,7 @@ class TrainFlow(Training):
     """The transformer and its T5 encoder together, on latents of scenes that get a fresh caption at every visit."""
 
     steps: int = 12_500
-    optimiser: Literal["adamw", "muon"] = "muon"
+    optimiser: str = "muon"
     lr: float = 1e-3
     batch: int = 24
     warmup: int = 100

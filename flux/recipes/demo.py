@@ -1,7 +1,8 @@
 """The demo world: every weight that ships, trained from nothing, stage by stage.
 
-Autoencoder -> text/vision pair -> flow with T5 -> guidance distilled into the flow. Later stages read what earlier ones
-wrote to the weights folder; `python train.py demo` runs them all. Each stage is a file in `flux/demo/`.
+Autoencoder -> text/vision pair -> flow with T5 -> guidance distilled into the flow; and a reader that judges LoRAs. Later
+stages read what earlier ones wrote to the weights folder; `python train.py demo` runs them all. Each is a file in
+`flux/demo/`.
 """
 
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from flux.demo.autoencoder_stage import TrainAutoencoder
 from flux.demo.evaluate import Evaluate
 from flux.demo.flow_stage import TrainFlow, TrainGuidance
 from flux.demo.pair_stage import TrainPair
+from flux.demo.reader_stage import TrainReader
 
 
 @dataclass(frozen=True)
@@ -23,9 +25,9 @@ class TrainAll:
 
     def stages(self):
         yield from ((stage, TRAIN[stage](seed=self.seed, out=self.out, threads=self.threads))
-                    for stage in ("autoencoder", "pair", "flow", "guidance"))
+                    for stage in ("autoencoder", "pair", "flow", "guidance", "reader"))
         yield "evaluate", Evaluate()
 
 
 TRAIN = {"": TrainAll, "autoencoder": TrainAutoencoder, "pair": TrainPair, "flow": TrainFlow, "guidance": TrainGuidance,
-         "evaluate": Evaluate}
+         "reader": TrainReader, "evaluate": Evaluate}

@@ -1,0 +1,135 @@
+"""--lora: what a user's LoRAs do to a picture, and what is said of wrong ones; `python train.py lora` end to end."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import sample
+import train
+from flux import checkpoint, config, lora_names, pictures, weights
+from flux.config import DEMO
+from flux.demo import folder
+from flux.errors import UserError
+from flux.model import Flux
+from flux.recipes.lora import LoraTask, TrainLora
+from lora import io
+from lora.adapter import Adapter, LowRank
+
+
+def draw(*words: str) -> np.ndarray:
+    """The pixels of the last picture that this command makes."""
+    sample.main([*words, "--steps", "2", "--device", "cpu"])
+    return np.asarray(Image.open(sorted(Path("out").glob("*.png"))[-1]))
+
+
+def lora(path: str, layers: dict[str, tuple[int, int]], rank: int = 2, dialect: str = "kohya", part: str = "flux") -> None:
+    """Random, on layers of these shapes (out, in)."""
+    torch.manual_seed(rank)
+    adapter = Adapter({layer: (LowRank(torch.randn(rank, columns), 0.1 * torch.randn(rows, rank)),)
+                       for layer, (rows, columns) in layers.items()})
+    io.write(Path(path), {part: adapter}, lora_names.names(DEMO), dialect)
+
+
+@pytest.fixture(autouse=True)
+def here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+
+def test_loras_add_up_and_at_scale_zero_change_no_byte():
+    lora("a.safetensors", {"single_blocks.0.linear2": (192, 960)})
+    lora("b.safetensors", {"single_blocks.0.linear2": (192, 960), "img_in": (192, 64)}, 3, "diffusers")
+    plain = draw("a red circle")
+    assert np.array_equal(draw("a red circle", "--lora", "a.safetensors:0", "--lora", "b.safetensors:0"), plain)
+    one, both = draw("a red circle", "--lora", "a.safetensors"), draw("a red circle", "--lora", "a.safetensors",
+                                                                      "--lora", "b.safetensors:0.5")
+    assert not np.array_equal(one, plain) and not np.array_equal(one, both)
+    made = pictures.read_metadata(sorted(Path("out").glob("*.png"))[-1])
+    assert made["config"]["lora"] == ["a.safetensors", "b.safetensors:0.5"]
+    assert made["files"]["lora 2 b.safetensors"] == checkpoint.fingerprint(Path("b.safetensors"))
+    sample.main(["--from", str(sorted(Path("out").glob("*.png"))[-1])])
+    assert np.array_equal(np.asarray(Image.open(sorted(Path("out").glob("*.png"))[-1])), both)
+
+
+def test_text_encoders_have_loras_too():
+    lora("t.safetensors", {"text_model.encoder.layers.0.self_attn.q_proj": (96, 96)}, part="clip")
+    lora("u.safetensors", {"encoder.block.0.layer.0.SelfAttention.v": (96, 96)}, part="t5")
+    plain = draw("a red circle")
+    for name in "tu":
+        assert not np.array_equal(draw("a red circle", "--lora", f"{name}.safetensors"), plain)
+
+
+def test_a_lora_that_widens_the_first_layer_makes_a_control_model():
+    """As FLUX.1-Canny-dev-lora does: 128 inputs, a picture to follow, and not without one."""
+    lora("control.safetensors", {"img_in": (192, 128)}, dialect="bfl")
+    Image.new("RGB", (128, 128), (200, 10, 10)).save("red.png")
+    Image.new("RGB", (128, 128), (10, 10, 200)).save("blue.png")
+    red, blue = (draw("a ring", "--lora", "control.safetensors", "--control", f"{name}.png") for name in ("red", "blue"))
+    assert not np.array_equal(red, blue)
+    with pytest.raises(UserError, match="without a picture to follow"):
+        draw("a ring", "--lora", "control.safetensors")
+
+
+def test_a_lora_for_dev_goes_onto_fill():
+    """Its 64 inputs are the first of Fill's 384."""
+    fill = config.PRESETS["demo-fill"]
+    lora("a.safetensors", {"img_in": (192, 64)})
+    terms = io.read(Path("a.safetensors"), lora_names.names(fill))[0]["flux"].layers["img_in"]
+    assert terms[0].shape == (192, 384) and not terms[0].A[:, 64:].any() and terms[0].A[:, :64].any()
+
+
+@pytest.mark.parametrize(("word", "part"), [
+    ("nowhere.safetensors", "is not there"), ("a.safetensors:11", "scale 11, expected a number from -10 to 10"),
+    ("other.safetensors", "not understood.*SDXL"), ("wide.safetensors", "for 200 inputs"), ("notes.txt", "is a text"),
+])
+def test_wrong_files_are_told_before_any_weights_are_read(word, part, monkeypatch):
+    monkeypatch.setattr(weights, "find", lambda *_: pytest.fail("weights were looked for"))
+    lora("a.safetensors", {"img_in": (192, 64)})
+    checkpoint.save(Path("other.safetensors"), {"lora_unet_input_blocks_1_1_proj_in.lora_down.weight": torch.zeros(2, 4)})
+    checkpoint.save(Path("wide.safetensors"), {"lora_unet_txt_in.lora_down.weight": torch.zeros(2, 200),
+                                               "lora_unet_txt_in.lora_up.weight": torch.zeros(192, 2)})
+    Path("notes.txt").write_text("a list of LoRAs\n")
+    with pytest.raises(UserError, match=part):
+        draw("a ring", "--lora", word)
+
+
+# --- training ---
+
+SMALL = ("--rank", "2", "--batch", "2", "--steps", "4", "--save-every", "2", "--sample-every", "4", "--device", "cpu")
+
+
+def test_a_lora_is_trained_saved_resumed_and_drawn_with():
+    folder.write(Path("data"), 6, style="stripes")
+    folder.write(Path("kept"), 3)
+    words = ["lora", "--data", "data", "--prior", "kept", "--plus", "4", *SMALL]
+    train.main([*words, "--out", "whole"])
+    train.main([*words, "--steps", "2", "--out", "halved"])
+    train.main([*words, "--out", "halved"])
+    whole, halved = (io.read(Path(f"{name}/lora/final.safetensors"), lora_names.names(DEMO))[0]["flux"]
+                     for name in ("whole", "halved"))
+    assert whole.layers.keys() == {name for name, layer in Flux(DEMO.flux).named_modules()
+                                   if isinstance(layer, torch.nn.Linear) and "blocks" in name}
+    for layer, terms in whole.layers.items():
+        assert torch.equal(terms[0].B, halved.layers[layer][0].B) and terms[0].B.any() and terms[0].rank == 2
+    assert whole.metadata["ss_network_dim"] == "2"
+    assert "flux.safetensors" in whole.metadata["minflux"]
+    assert Path("whole/lora/samples/step_000004.png").exists()
+    plain = draw("a red circle")
+    assert not np.array_equal(draw("a red circle", "--lora", "whole/lora/final.safetensors:9"), plain)
+    assert np.array_equal(draw("a red circle", "--lora", "whole/lora/final.safetensors:0"), plain)
+
+
+def test_the_target_and_the_scale_are_chosen():
+    folder.write(Path("data"), 2)
+    settings = TrainLora(data=Path("data"), rank=4, alpha=8.0, stabilised=True, target="single.*linear1", out=Path("runs"))
+    task = LoraTask(settings)
+    assert {name for name, p in task.model.named_parameters() if p.requires_grad} == {
+        f"single_blocks.{i}.linear1.trained.{factor}" for i in range(6) for factor in "AB"}
+    assert {terms[0].scale for terms in task.adapter().layers.values()} == {8 / 4 ** 0.5}
+    with pytest.raises(UserError, match="no linear layer is called like 'nothing'"):
+        LoraTask(replace(settings, target="nothing"))
+    with pytest.raises(UserError, match="--rank 0: expected 1 or more"):
+        TrainLora(rank=0)
