@@ -57,7 +57,7 @@ def understand(tensors: Mapping[str, Tensor], names: Names, metadata: Mapping[st
     """As `read`, of tensors by name. `beside`: PEFT's adapter_config.json, which may not be there."""
     modules: dict[str, dict[str, str]] = {}  # role: key
     places: dict[str, Place] = {}
-    replaced: dict[str, dict[str, Tensor]] = {}
+    norms: dict[str, Key] = {}
     report = Report(metadata=dict(metadata), dtypes=Counter(str(t.dtype).removeprefix("torch.") for t in
                                                            checkpoint.layout(tensors).values()))
     unusable = False
@@ -72,21 +72,24 @@ def understand(tensors: Mapping[str, Tensor], names: Names, metadata: Mapping[st
                 unusable |= isinstance(why, Unusable)
             continue
         if key.role == "replace":
-            _replace(key, tensors[name], replaced, path)
-            report.kinds["replaced parameter"] += 1
+            norms[name] = key
             continue
         if key.role in modules.setdefault(key.module, {}):
             raise refuse(path, f"has {shown(key.module)} {key.role} twice, under two endings", "each once", "mend the file")
         modules[key.module][key.role] = name
         places[key.module] = key.place
-    transformer = any(place.part == "flux" for place in places.values()) or "flux" in replaced
+    transformer = any(place.part == "flux" for place in places.values())  # checkpoints have norms, SDXL the same CLIP-L
     if report.unused and (strict or unusable or not transformer):
         first, why = next(iter(report.unused.items()))
         raise refuse(path, f"has {len(report.unused)} of {len(tensors)} keys that are not understood: {shown(first)} {why}"
                      + (f"; also {listed(list(report.unused)[1:], 2)}" if len(report.unused) > 1 else ""),
                      "a LoRA for FLUX.1", what_else(tensors))
-    if not modules and not replaced:
+    if not modules and not norms:
         raise refuse(path, "changes nothing, it has no layer of this model", "a LoRA for FLUX.1", "name another file")
+    replaced: dict[str, dict[str, Tensor]] = {}
+    for name, key in norms.items():
+        _replace(key, tensors[name], replaced, path)
+        report.kinds["replaced parameter"] += 1
     checkpoint.check_finite(tensors, path)
     scale_of = _peft_scales(metadata, beside, path)
     adapters: dict[str, dict[str, list[Term]]] = {}
@@ -236,9 +239,11 @@ def _fitted(term: Term, place: Place, wrong) -> Term:
     """As many inputs, and rows in the order, that the layer has."""
     if isinstance(term, LowRank):
         A = F.pad(term.A, (0, place.columns - place.narrower)) if term.A.shape[1] == place.narrower else term.A
-        term = LowRank(A, _swapped(term.B) if place.swapped else term.B)
-    elif place.swapped:
-        raise wrong(f"as {type(term).__name__}", "a low-rank pair, whose halves can be exchanged")
+        term = LowRank(A, term.B)
+    if place.swapped:
+        if isinstance(term, LoKr) and len(term.w1) % 2:
+            raise wrong(f"as LoKr of {len(term.w1)} blocks of rows", "an even number, whose halves can be exchanged")
+        term = _exchanged(term)
     rows, columns = term.shape
     if rows != place.rows or columns < place.columns or columns > place.columns and not place.wider:
         raise wrong(f"for {columns} inputs and {rows} outputs", f"{place.columns} and {place.rows}")
@@ -247,6 +252,17 @@ def _fitted(term: Term, place: Place, wrong) -> Term:
 
 def _swapped(rows: Tensor) -> Tensor:
     return torch.cat(rows.chunk(2)[::-1])
+
+
+def _exchanged(term: Term) -> Term:
+    """With the two halves of its rows the other way round."""
+    if isinstance(term, LowRank):
+        return replace(term, B=_swapped(term.B))
+    if isinstance(term, LoKr):  # its rows come in blocks, one for each row of w1
+        return replace(term, w1=_swapped(term.w1))
+    if isinstance(term, LoHa):
+        return replace(term, w1=(_swapped(term.w1[0]), term.w1[1]), w2=(_swapped(term.w2[0]), term.w2[1]))
+    return replace(term, weight=_swapped(term.weight))
 
 
 def _scale(module: str, given: Mapping[str, Tensor], rank: int | None, scale_of, wrong) -> float:
@@ -437,8 +453,13 @@ def _tensors_of(term: Term, place: Place, endings: tuple[str, str, str], with_al
         magnitude = _swapped(term.magnitude) if swapped else term.magnitude
         shape = (-1, 1) if term.axis == "out" else (1, -1)
         return _tensors_of(term.inner, place, endings, with_alpha) | {".dora_scale": magnitude.reshape(shape).contiguous()}
+    if place.swapped:
+        if isinstance(term, LoKr) and len(term.w1) % 2:
+            raise checkpoint.CheckpointError(f"there is no word for LoKr of {len(term.w1)} blocks of rows on {place.layer}, "
+                                             "whose halves diffusers exchanges; expected another --to, such as kohya")
+        term = _exchanged(term)
     if isinstance(term, LowRank):
-        B = _swapped(term.B) if place.swapped else term.B
+        B = term.B
         if with_alpha and term.scale > 0:
             return {down: term.A.contiguous(), up: B.contiguous(), ".alpha": torch.tensor(term.scale * term.rank)}
         return {down: term.A.contiguous(), up: _scaled(B, term.scale).contiguous()} | (

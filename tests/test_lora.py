@@ -533,8 +533,8 @@ def test_gradients_of_trained_factors(attached):
 
 @pytest.mark.parametrize("kind", TERMS)
 def test_gradients_pass_through_given_loras(kind):
-    """To the input and to the own weight and bias, again and again; none to DoRA's norms (section 4.3). Also if the strength
-    if the strength was set under inference mode, as between two steps of a training."""
+    """To the input and to the own weight and bias, again and again; none to DoRA's norms (section 4.3). Also if the
+    strength was set under inference mode, as between two steps of a training."""
     model, terms = net().requires_grad_(), TERMS[kind]
     linear, loras, x, g = model[0], Loras(model), draw(2, 5, IN).requires_grad_(), draw(2, 5, OUT)
     with torch.inference_mode():
