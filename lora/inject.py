@@ -67,8 +67,9 @@ class Loras:
             if merged:
                 fresh[layer] = merged_linear(base, pairs, layer)
             else:
-                wrapper = self._wrappers.setdefault(layer, LoraLinear(base))
-                fresh[layer] = wrapper, plan(base, pairs)
+                if layer not in self._wrappers or self._wrappers[layer].base is not base:
+                    self._wrappers[layer] = LoraLinear(base)
+                fresh[layer] = self._wrappers[layer], plan(base, pairs)
         for name in {name for adapter, _ in on.values() for name in adapter.replaced}:
             value = own = self._original(name).detach()
             for adapter, strength in on.values():  # whole at any strength but 0, as in BFL's control LoRAs; the last wins

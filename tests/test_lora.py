@@ -266,6 +266,21 @@ def test_merging_is_repeatable():
     assert all(torch.equal(part, copies[name]) for name, part in model.named_parameters())
 
 
+def test_a_layer_may_be_another_next_time():
+    """While nothing is attached the network is its owner's; attached again, the same layers keep the same wrappers."""
+    model, adapter, x = net(), Adapter({"0": TERMS["DoRA"], "1": (pair(OUT, OUT),)}), draw(2, IN)
+    loras = Loras(model)
+    loras.attach("it", adapter)
+    wrappers = list(model)
+    loras.detach("it")
+    model[0] = linear = nn.Linear(IN, OUT)
+    loras.attach("it", adapter)
+    near(model[0](x), reference(linear, x, (TERMS["DoRA"], 1.0)), 1e-5)
+    assert model[0].base is linear and model[0] is not wrappers[0] and model[1] is wrappers[1]
+    loras.detach("it")
+    assert model[0] is linear
+
+
 def test_a_whole_network_beside_and_inside():
     """With DoRA, biases and norms on every layer, at strengths of their own."""
     model = tiny()
