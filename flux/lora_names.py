@@ -1,7 +1,7 @@
 """What LoRA files call FLUX.1's layers and its text encoders': every spelling, and which rows of our layers it means.
 
-Spellings: ours (BFL's), diffusers', DiffSynth's, XLabs'. diffusers keeps q, k, v and the MLP's first layer apart where BFL has
-one; its last modulation has scale before shift; XLabs names the attention's parts by their LoRA.
+Spellings: ours (BFL's), diffusers', DiffSynth's, XLabs'. diffusers keeps q, k, v and the MLP's first layer apart where BFL
+has one; its last modulation has scale before shift; XLabs names the attention's parts by their LoRA.
 """
 
 import re
@@ -36,7 +36,7 @@ XLABS = {
     "single_blocks.N.linear1": "single_blocks.N.processor.qkv_lora",  # its q, k and v rows alone
     "single_blocks.N.linear2": "single_blocks.N.processor.proj_lora",  # its attention columns alone, in most files
 }
-ALSO = {".ff.net.0.proj": ".ff.linear_in", ".ff.net.2": ".ff.linear_out",  # diffusers' other names
+ALSO = {".ff.net.0.proj": ".ff.linear_in", ".ff.net.2": ".ff.linear_out", ".attn.to_out.0": ".attn.to_out",  # diffusers, too
         ".ff_context.net.0.proj": ".ff_context.linear_in", ".ff_context.net.2": ".ff_context.linear_out"}
 
 
@@ -46,12 +46,12 @@ def names(preset: Preset) -> Names:
               *encoder_places("t5", lambda: T5Encoder(preset.t5))]
     dotted = {}
     for spelling, place in places:
-        dotted.setdefault(spelling, {}).setdefault(place.part, place)
-    return Names({spelling: tuple(by_part.values()) for spelling, by_part in dotted.items()}, norm_scales(preset.flux))
+        dotted.setdefault(spelling, {}).setdefault((place.part, place.dialect), place)
+    return Names({spelling: tuple(some.values()) for spelling, some in dotted.items()}, norm_scales(preset.flux))
 
 
 def transformer_places(config: FluxConfig) -> Iterator[tuple[str, Place]]:
-    """(spelling, place); of two places with one spelling the first is meant."""
+    """(spelling, place). Two dialects may have one word for the same place."""
     width = config.hidden_size
     with torch.device("meta"):
         shapes = {name: tuple(layer.weight.shape) for name, layer in Flux(config).named_modules()
@@ -60,22 +60,23 @@ def transformer_places(config: FluxConfig) -> Iterator[tuple[str, Place]]:
         pattern = re.sub(r"_blocks\.\d+\.", "_blocks.N.", layer)
         number = (re.search(r"_blocks\.(\d+)\.", layer) or ["", ""])[1]
         first = layer == "img_in"  # takes more where pictures are joined on channels
-        yield layer, Place("flux", layer, 0, rows, columns, "bfl", narrower=first, wider=first)
+        tokens = config.out_channels if first else 0  # what it takes of the picture itself
+        yield layer, Place("flux", layer, 0, rows, columns, "bfl", narrower=tokens, wider=first)
         if pattern in XLABS:
             rows_there = 3 * width if pattern.endswith("linear1") else rows
             yield XLABS[pattern].replace("N", number), Place(
-                "flux", layer, 0, rows_there, columns, "xlabs", narrower=pattern.endswith("linear2"))
+                "flux", layer, 0, rows_there, columns, "xlabs", narrower=width if pattern.endswith("linear2") else 0)
         theirs = TRANSFORMER.get(pattern, ())
         for i, spelling in enumerate(theirs):
             stop = rows if i == len(theirs) - 1 else (i + 1) * width
-            place = Place("flux", layer, i * width, stop - i * width, columns, "diffusers", "adaLN" in layer, first, first)
+            place = Place("flux", layer, i * width, stop - i * width, columns, "diffusers", "adaLN" in layer, tokens, first)
             yield spelling.replace("N", number), place
             for usual, other in ALSO.items():
                 if spelling.endswith(usual):
                     yield spelling.replace(usual, other).replace("N", number), place
         if pattern in DIFFSYNTH:
             yield DIFFSYNTH[pattern].replace("N", number), Place(
-                "flux", layer, 0, rows, columns, "diffsynth", "adaLN" in layer, first, first)
+                "flux", layer, 0, rows, columns, "diffsynth", narrower=tokens, wider=first)  # shift before scale, as here
 
 
 def encoder_places(part: str, build) -> Iterator[tuple[str, Place]]:

@@ -29,7 +29,8 @@ ROLES = {  # suffix: what the tensor is; the first of a role is the one that is 
     **dict.fromkeys((".lora_B.bias", ".diff_b"), "bias"),
     ".diff": "dense",
     ".reshape_weight": "reshape",
-    **dict.fromkeys((".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight", ".magnitude"), "magnitude"),
+    **dict.fromkeys((".dora_scale", ".lora_magnitude_vector", ".lora_magnitude_vector.weight",
+                     ".lora_magnitude_vector.default", ".magnitude"), "magnitude"),
     **{f".{name}": name for name in ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2", "lokr_w2_a", "lokr_w2_b",
                                      "hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b")},
 }
@@ -55,7 +56,7 @@ class Place:
     columns: int
     dialect: str  # whose spelling
     swapped: bool = False  # the two halves of its rows come the other way round there
-    narrower: bool = False  # fewer inputs may be given: the first ones
+    narrower: int = 0  # only so many inputs, the first ones, may be given too
     wider: bool = False  # more may be
 
 
@@ -63,7 +64,7 @@ class Place:
 class Names:
     """Every spelling of every layer, and of parameters that a LoRA may replace."""
 
-    dotted: Mapping[str, tuple[Place, ...]]  # several places where parts share a spelling
+    dotted: Mapping[str, tuple[Place, ...]]  # several where parts or dialects share a spelling
     parameters: Mapping[str, tuple[str, str, tuple[int, ...]]]  # spelling: part, our name, shape
     underscored: Mapping[str, tuple[Place, ...]] = field(init=False)
 
@@ -85,8 +86,13 @@ class Unknown(Exception):
     """A key that is not understood, and why."""
 
 
+class Unusable(Unknown):
+    """A key without which its module would mean something else: no part of the file may be used."""
+
+
 def parse(key: str, names: Names) -> Key:
     """Unknown, with words for the user, if no table has it."""
+    key = re.sub(r"\.lora_(A|B|magnitude_vector)\.[^.]+(?=\.(weight|bias)$)", r".lora_\1", key)  # an adapter's name in PEFT
     for prefix, parts in UNDERSCORED.items():
         if key.startswith(prefix):
             stem, dot, suffix = key[len(prefix):].partition(".")
@@ -96,10 +102,10 @@ def parse(key: str, names: Names) -> Key:
         if rest.startswith(each):
             prefix, rest = prefix + each, rest[len(each):]
     parts = next((parts for each, parts in DOTTED_PARTS.items() if each in prefix), ("flux", "clip", "t5"))
-    if rest in names.parameters:
-        return Key(prefix + rest, None, "replace", names.parameters[rest])
-    rest = re.sub(r"\.processor\.((?:to|add)_[a-z_]+)_lora\.", r".\1.lora.", rest)  # diffusers before PEFT
-    rest = re.sub(r"\.lora_(A|B|magnitude_vector)\.(?!weight$|bias$)[^.]+", r".lora_\1", rest)  # an adapter's name in PEFT
+    parameter = rest.removesuffix(".set_weight")  # as ComfyUI writes it
+    if parameter in names.parameters:
+        return Key(prefix + parameter, None, "replace", names.parameters[parameter])
+    rest = re.sub(r"\.(?:processor\.)?((?:to|add)_[a-z_]+)_lora\.", r".\1.lora.", rest)  # diffusers before PEFT
     for stem in _stems(rest):
         if stem in names.dotted:
             return _key(prefix + stem, names.dotted[stem], parts, rest[len(stem):])
@@ -114,10 +120,9 @@ def _stems(name: str) -> Iterator[str]:
 
 
 def _key(module: str, places: tuple[Place, ...] | None, parts: tuple[str, ...], suffix: str) -> Key:
-    for refused, why in REFUSED.items():
-        if suffix == refused or suffix.startswith((".hada_t", ".lokr_t")):
-            raise Unknown(f"is {why}")
     place = next((place for part in parts for place in places or () if place.part == part), None)
+    if suffix in REFUSED:
+        raise (Unknown if place is None else Unusable)(f"is {REFUSED[suffix]}")
     if place is None:
         raise Unknown("is no layer of this model")
     if suffix not in ROLES:

@@ -4,15 +4,16 @@
 for bit: modules and parameters that give way are kept and put back, nothing is subtracted.
 """
 
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from flux.errors import UserError
-from lora.adapter import Adapter, Bias, Term, delta, delta_bias
+from lora.adapter import Adapter, Bias, Dora, Term, delta, delta_bias
 from lora.layers import LoraLinear, TrainedLora, plan
 
 Strength = float | Callable[[str], float]  # for all layers, or by the layer's name
@@ -30,7 +31,7 @@ class Loras:
 
     def attach(self, name: str, adapter: Adapter, strength: Strength = 1.0, widen: bool = False) -> None:
         """UserError, and nothing changed, if something does not fit. `widen`: layers may get inputs beyond their own."""
-        check(self.model, adapter, name, widen)
+        check(self.model, adapter, name, widen, self._kept)
         self._put({**self.on, name: (adapter, strength)}, self.merged)
 
     def detach(self, name: str) -> None:
@@ -46,23 +47,33 @@ class Loras:
     def unmerge(self) -> None:
         self._put(self.on, merged=False)
 
+    @torch.inference_mode(False)  # what is made here may be used in training too
+    @torch.no_grad()
     def _put(self, on: dict[str, tuple[Adapter, Strength]], merged: bool) -> None:
         loras = {}
         for adapter, strength in on.values():
             for layer, terms in adapter.layers.items():
-                loras.setdefault(layer, []).append((terms, strength(layer) if callable(strength) else float(strength)))
+                loras.setdefault(layer, []).append((terms, _strength(strength, layer)))
+        for layer, wrapper in self._wrappers.items():
+            if wrapper.trained is not None and layer in self._kept and (merged or layer not in loras):
+                raise UserError(f"{layer} has a LoRA in training beside the given ones, expected them to stay while it is "
+                                "trained; their strengths may change")
         fresh = {}
         for layer, pairs in loras.items():
             base = self._original(layer)
+            if isinstance(base, LoraLinear):
+                raise UserError(f"{layer} has LoRAs of another kind already, expected a plain layer; attach given LoRAs "
+                                "before those to be trained")
             if merged:
                 fresh[layer] = merged_linear(base, pairs, layer)
             else:
-                wrapper = self._wrappers.setdefault(layer, LoraLinear(base))
-                fresh[layer] = wrapper, plan(base, pairs)
+                if layer not in self._wrappers or self._wrappers[layer].base is not base:
+                    self._wrappers[layer] = LoraLinear(base)
+                fresh[layer] = self._wrappers[layer], plan(base, pairs)
         for name in {name for adapter, _ in on.values() for name in adapter.replaced}:
             value = own = self._original(name).detach()
-            for adapter, strength in on.values():  # whole at any strength but 0, as in BFL's own control LoRAs; the last wins
-                if name in adapter.replaced and (strength(name) if callable(strength) else strength):
+            for adapter, strength in on.values():  # whole at any strength but 0, as in BFL's control LoRAs; the last wins
+                if name in adapter.replaced and _strength(strength, name):
                     value = adapter.replaced[name].to(own)
             fresh[name] = nn.Parameter(value, requires_grad=False)
         # from here on nothing can fail
@@ -79,11 +90,23 @@ class Loras:
         return self._kept[name] if name in self._kept else _get(self.model, name)
 
 
-def check(model: nn.Module, adapter: Adapter, name: str, widen: bool = False) -> None:
-    """UserError unless every term has a layer of its shape, and every replaced parameter is there."""
+def _strength(strength: Strength, name: str) -> float:
+    value = float(strength(name) if callable(strength) else strength)
+    if not math.isfinite(value):
+        raise UserError(f"strength {value} for {name}, expected a finite number; change it")
+    return value
+
+
+def check(model: nn.Module, adapter: Adapter, name: str, widen: bool = False,
+          originals: Mapping[str, nn.Module | nn.Parameter] | None = None) -> None:
+    """UserError unless every term has a layer of its shape, and every replaced parameter is there.
+
+    `originals`: what counts instead of what now stands in the model.
+    """
     modules, parameters, wrong = dict(model.named_modules()), dict(model.named_parameters()), []
     for layer, terms in adapter.layers.items():
-        found = modules.get(layer)
+        inside = isinstance(modules.get(layer.rpartition(".")[0]), LoraLinear)  # a wrapper's parts are none of the model's
+        found = None if inside else (originals or {}).get(layer, modules.get(layer))
         base = found.base if isinstance(found, LoraLinear) else found
         if not hasattr(base, "in_features"):
             wrong.append(f"{layer}, which the model does not have")
@@ -93,11 +116,13 @@ def check(model: nn.Module, adapter: Adapter, name: str, widen: bool = False) ->
             wide = columns > base.in_features and not widen
             if term.start < 0 or term.start + rows > base.out_features or columns < base.in_features or wide:
                 wrong.append(f"{layer} {(term.start + rows, columns)} for {(base.out_features, base.in_features)}")
+            if isinstance(term, Dora) and columns != base.in_features:
+                wrong.append(f"{layer} by DoRA with more inputs than it has")
             if isinstance(term, Bias) and getattr(base, "bias", None) is None:
                 wrong.append(f"a bias for {layer}, which has none")
     for key, value in adapter.replaced.items():
         own = parameters.get(key)
-        if own is None or own.shape != value.shape:
+        if own is None or own.shape != value.shape or hasattr(modules[key.rpartition(".")[0]], "in_features"):
             wrong.append(f"{key} {tuple(value.shape)}, which the model does not have")
     if wrong:
         more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -134,9 +159,13 @@ def add_trained(model: nn.Module, pattern: str, rank: int, alpha: float | None =
     Scale alpha / rank, or alpha / sqrt(rank) if rank-stabilised (arXiv 2312.03732); alpha is the rank if not given. The
     rest of the network is frozen. It changes nothing until B has learned something.
     """
-    freeze(model, "")
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"{pattern!r} is no regular expression ({error}), expected one such as 'attn|linear1': change "
+                        "--target") from error
     made, scale = {}, (rank if alpha is None else alpha) / (rank ** 0.5 if stabilised else rank)
-    modules = dict(model.named_modules())
+    modules, frozen = dict(model.named_modules()), list(model.parameters())
     for layer, found in modules.items():
         inside = isinstance(modules.get(layer.rpartition(".")[0]), LoraLinear)
         if isinstance(found, nn.Linear | LoraLinear) and not inside and re.search(pattern, layer):
@@ -147,6 +176,8 @@ def add_trained(model: nn.Module, pattern: str, rank: int, alpha: float | None =
     if not made:
         raise UserError(f"no linear layer is called like {pattern!r}; expected a regular expression such as "
                         f"'blocks' or 'attn|linear1': change --target")
+    for parameter in frozen:
+        parameter.requires_grad_(False)
     return made
 
 
