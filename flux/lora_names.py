@@ -76,7 +76,7 @@ def transformer_places(config: FluxConfig) -> Iterator[tuple[str, Place]]:
                     yield spelling.replace(usual, other).replace("N", number), place
         if pattern in DIFFSYNTH:
             yield DIFFSYNTH[pattern].replace("N", number), Place(
-                "flux", layer, 0, rows, columns, "diffsynth", narrower=tokens, wider=first)  # shift before scale, as here
+                "flux", layer, 0, rows, columns, "diffsynth", narrower=tokens, wider=first)  # version 2; 1 had scale before shift
 
 
 def encoder_places(part: str, build) -> Iterator[tuple[str, Place]]:
