@@ -1,7 +1,8 @@
 """What LoRA files call FLUX.1's layers and its text encoders': every spelling, and which rows of our layers it means.
 
 Spellings: ours (BFL's), diffusers', DiffSynth's, XLabs'. diffusers keeps q, k, v and the MLP's first layer apart where BFL
-has one; its last modulation has scale before shift; XLabs names the attention's parts by their LoRA.
+has one; its last modulation has scale before shift (DiffSynth's version 1 too, version 2 not); XLabs names the attention's
+parts by their LoRA.
 """
 
 import re
@@ -76,7 +77,7 @@ def transformer_places(config: FluxConfig) -> Iterator[tuple[str, Place]]:
                     yield spelling.replace(usual, other).replace("N", number), place
         if pattern in DIFFSYNTH:
             yield DIFFSYNTH[pattern].replace("N", number), Place(
-                "flux", layer, 0, rows, columns, "diffsynth", narrower=tokens, wider=first)  # version 2; 1 had scale before shift
+                "flux", layer, 0, rows, columns, "diffsynth", narrower=tokens, wider=first)
 
 
 def encoder_places(part: str, build) -> Iterator[tuple[str, Place]]:
