@@ -55,37 +55,9 @@ def understand(tensors: Mapping[str, Tensor], names: Names, metadata: Mapping[st
                beside: Path | None = None, strict: bool = True, alpha_fix: bool = False
                ) -> tuple[dict[str, Adapter], Report]:
     """As `read`, of tensors by name. `beside`: PEFT's adapter_config.json, which may not be there."""
-    modules: dict[str, dict[str, str]] = {}  # role: key
-    places: dict[str, Place] = {}
-    norms: dict[str, Key] = {}
     report = Report(metadata=dict(metadata), dtypes=Counter(str(t.dtype).removeprefix("torch.") for t in
                                                            checkpoint.layout(tensors).values()))
-    unusable = False
-    for name in tensors:
-        try:
-            key = parse(name, names)
-        except Unknown as why:
-            if BOOKKEEPING.match(name):
-                report.dropped[name] = "bookkeeping or an embedding, which no layer reads"
-            else:
-                report.unused[name] = str(why)
-                unusable |= isinstance(why, Unusable)
-            continue
-        if key.role == "replace":
-            norms[name] = key
-            continue
-        if key.role in modules.setdefault(key.module, {}):
-            raise refuse(path, f"has {shown(key.module)} {key.role} twice, under two endings", "each once", "mend the file")
-        modules[key.module][key.role] = name
-        places[key.module] = key.place
-    transformer = any(place.part == "flux" for place in places.values())  # checkpoints have norms, SDXL the same CLIP-L
-    if report.unused and (strict or unusable or not transformer):
-        first, why = next(iter(report.unused.items()))
-        raise refuse(path, f"has {len(report.unused)} of {len(tensors)} keys that are not understood: {shown(first)} {why}"
-                     + (f"; also {listed(list(report.unused)[1:], 2)}" if len(report.unused) > 1 else ""),
-                     "a LoRA for FLUX.1", what_else(tensors))
-    if not modules and not norms:
-        raise refuse(path, "changes nothing, it has no layer of this model", "a LoRA for FLUX.1", "name another file")
+    modules, places, norms = _understood(tensors, names, path, strict, report)
     replaced: dict[str, dict[str, Tensor]] = {}
     for name, key in norms.items():
         _replace(key, tensors[name], replaced, path)
@@ -123,6 +95,41 @@ def understand(tensors: Mapping[str, Tensor], names: Names, metadata: Mapping[st
             for part in dict.fromkeys((*adapters, *replaced))}, report
 
 
+def _understood(tensors: Mapping[str, Tensor], names: Names, path: Path, strict: bool, report: Report
+                ) -> tuple[dict[str, dict[str, str]], dict[str, Place], dict[str, Key]]:
+    """The keys of each module by their role, the module's place, and the keys of norms; refuses what nobody understands."""
+    modules: dict[str, dict[str, str]] = {}
+    places: dict[str, Place] = {}
+    norms: dict[str, Key] = {}
+    unusable = False
+    for name in tensors:
+        try:
+            key = parse(name, names)
+        except Unknown as why:
+            if BOOKKEEPING.match(name):
+                report.dropped[name] = "bookkeeping or an embedding, which no layer reads"
+            else:
+                report.unused[name] = str(why)
+                unusable |= isinstance(why, Unusable)
+            continue
+        if key.role == "replace":
+            norms[name] = key
+            continue
+        if key.role in modules.setdefault(key.module, {}):
+            raise refuse(path, f"has {shown(key.module)} {key.role} twice, under two endings", "each once", "mend the file")
+        modules[key.module][key.role] = name
+        places[key.module] = key.place
+    transformer = any(place.part == "flux" for place in places.values())  # checkpoints have norms, SDXL the same CLIP-L
+    if report.unused and (strict or unusable or not transformer):
+        first, why = next(iter(report.unused.items()))
+        raise refuse(path, f"has {len(report.unused)} of {len(tensors)} keys that are not understood: {shown(first)} {why}"
+                     + (f"; also {listed(list(report.unused)[1:], 2)}" if len(report.unused) > 1 else ""),
+                     "a LoRA for FLUX.1", what_else(tensors))
+    if not modules and not norms:
+        raise refuse(path, "changes nothing, it has no layer of this model", "a LoRA for FLUX.1", "name another file")
+    return modules, places, norms
+
+
 def what_else(tensors: Mapping[str, Tensor]) -> str:
     """What to do about a file that is no LoRA for this model: says which model's it is, where its names tell."""
     text = "\n" + "\n".join(tensors)
@@ -142,7 +149,7 @@ def what_else(tensors: Mapping[str, Tensor]) -> str:
             return f"it looks like one for {model}, take one for FLUX.1"
     if not any(mark in text for mark in ("lora", "lokr", "hada", ".diff", "alpha", ".processor.")):
         return "it looks like no LoRA at all, name another file"
-    return "take one for FLUX.1, or leave the keys out with --no-strict"
+    return "take one for FLUX.1"
 
 
 def _replace(key: Key, value: Tensor, replaced: dict[str, dict[str, Tensor]], path: Path) -> None:
