@@ -1,5 +1,6 @@
 """--lora: what a user's LoRAs do to a picture, and what is said of wrong ones; `python train.py lora` end to end."""
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,10 +13,10 @@ import sample
 import train
 from flux import checkpoint, config, lora_names, pictures, weights
 from flux.config import DEMO
-from flux.demo import folder
+from flux.demo import folder, pool
 from flux.errors import UserError
+from flux.lora_training import LoraTask, TrainLora
 from flux.model import Flux
-from flux.recipes.lora import LoraTask, TrainLora
 from lora import io
 from lora.adapter import Adapter, LowRank
 
@@ -141,3 +142,18 @@ def test_less_memory_nearly_the_same_picture_with_loras_too(words):
     for more in ((), ("--lora", "a.safetensors:0.5")):
         plain, less = draw("a red circle", *more).astype(float), draw("a red circle", *more, *words).astype(float)
         assert abs(plain - less).mean() < (0.01 if "--strips" in words else 8)
+
+
+def test_the_pool_trains_what_is_missing_and_says_what_it_has(monkeypatch):
+    monkeypatch.setattr(pool, "POOL", Path("pool").absolute())
+    words = ["demo", "pool", "--only", "candy-checks-house", "--steps", "2", "--batch", "2", "--pictures", "3"]
+    train.main(words)
+    (name, row), = json.loads(Path("pool/index.json").read_text()).items()
+    assert (name, row["style"], row["shape"], row["kind"]) == ("candy-checks-house", "checks", "house", "style and object")
+    found = io.read(Path(f"pool/{name}.safetensors"), lora_names.names(DEMO))[0]["flux"]
+    assert len(found.layers) == 20 and Path(f"pool/{name}.safetensors").stat().st_size < 1.2e5
+    assert Image.open(f"pool/{name}.png").size == (96, 96)
+    before = Path(f"pool/{name}.safetensors").stat().st_mtime_ns
+    train.main(words)
+    assert Path(f"pool/{name}.safetensors").stat().st_mtime_ns == before
+    assert len({entry.name for entry in pool.entries()}) == 96 and sum(entry.held_out for entry in pool.entries()) >= 20

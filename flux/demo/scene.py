@@ -56,23 +56,23 @@ class Scene:
 
 
 def sample_scene(rng: np.random.Generator, held_out: bool = False, things: int | None = None,
-                 shapes: tuple[str, ...] = SHAPES, style: str = "") -> Scene:
+                 shapes: tuple[str, ...] = SHAPES, style: str = "", colours: tuple[str, ...] = tuple(COLOURS)) -> Scene:
     """A scene of the training split, or of the held-out one; `things` 1 or 2, by default two in half of the scenes."""
     while True:
-        scene = _draw_scene(rng, things or int(rng.integers(1, 3)), shapes, style)
+        scene = _draw_scene(rng, things or int(rng.integers(1, 3)), shapes, style, colours)
         if scene.held_out == held_out:
             return scene
 
 
-def _draw_scene(rng, count, shapes, style) -> Scene:
+def _draw_scene(rng, count, shapes, style, colours) -> Scene:
     def pick(names):
         return str(rng.choice(list(names)))
 
     def jitter(amount):
         return float(rng.uniform(-amount, amount))
 
-    background = pick(COLOURS)
-    free = [name for name in COLOURS if name != background]
+    background = pick(colours)
+    free = [name for name in colours if name != background]
     relation = pick(RELATIONS) if count == 2 else ""
     things = []
     for i in range(count):

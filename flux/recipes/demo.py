@@ -13,6 +13,7 @@ from flux.demo.evaluate import Evaluate
 from flux.demo.flow_stage import TrainFlow, TrainGuidance
 from flux.demo.lora_trial import JudgeLora
 from flux.demo.pair_stage import TrainPair
+from flux.demo.pool import TrainPool
 from flux.demo.reader_stage import TrainReader
 
 
@@ -31,4 +32,5 @@ class TrainAll:
 
 
 TRAIN = {"": TrainAll, "autoencoder": TrainAutoencoder, "pair": TrainPair, "flow": TrainFlow, "guidance": TrainGuidance,
-         "reader": TrainReader, "evaluate": Evaluate, "lora": JudgeLora}
+         "reader": TrainReader, "evaluate": Evaluate, "lora": JudgeLora,
+         "pool": TrainPool}

@@ -1,0 +1,95 @@
+"""Training a LoRA (arXiv 2106.09685): a small change of a frozen FLUX, learned from a folder of captioned pictures.
+
+Beside linear layers W stand pairs A, B, and only they are trained: W x + alpha / rank * B A x. Options: LoRA+ (arXiv
+2402.12354), where B learns faster than A; the rank-stabilised scale alpha / sqrt(rank) (arXiv 2312.03732); and a set of
+pictures that shall stay as they are (prior preservation, arXiv 2208.12242, section 3.2).
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from flux import cli, data, lora_names, parallel, weights
+from flux.config import preset
+from flux.errors import UserError
+from flux.finetune import Captioned
+from flux.settings import FineTuning
+from lora import inject, io
+from lora.adapter import Adapter, LowRank
+from lora.metadata import about
+
+
+@dataclass(frozen=True)
+class TrainLora(FineTuning):
+    """A LoRA, on a folder of captioned pictures."""
+
+    rank: int = 16  # columns of B: what the LoRA can hold, and its size
+    alpha: float | None = None  # the change is scaled by alpha / rank; default: the rank, so by 1
+    target: str = "blocks"  # layers that get a pair, a regular expression: blocks is all of them; attn|linear is less
+    stabilised: bool = False  # scale by alpha / sqrt(rank), so that large ranks learn as fast as small ones
+    plus: float = 1.0  # LoRA+: learning rate of B over that of A; its paper advises 16
+    prior: Path | None = None  # folder of captioned pictures that shall stay as the model draws them
+    prior_weight: float = 1.0  # of their loss
+    lr: float = 1e-3  # learning rate of AdamW after warmup
+    batch: int = 4  # pictures per forward pass
+    steps: int = 500  # optimizer steps
+    warmup: int = 20  # optimizer steps in which lr rises from 0
+
+    def __post_init__(self):
+        super().__post_init__()
+        if self.rank < 1:
+            raise UserError(f"--rank {self.rank}: expected 1 or more")
+        for name in ("alpha", "plus", "prior_weight"):
+            if (value := getattr(self, name)) is not None and not value > 0:
+                raise UserError(f"--{name.replace('_', '-')} {value}: expected a number above 0")
+
+    def task(self):
+        return LoraTask(self)
+
+
+class LoraTask(Captioned):
+    def __init__(self, settings: TrainLora):
+        edge = settings.edge or preset(settings.model).width
+        self.prior = data.load(settings.prior, edge) if settings.prior else []
+        super().__init__(settings, also=self.prior)
+        torch.manual_seed(settings.seed)
+        dtype = torch.float32 if self.place.type == "cpu" else torch.bfloat16  # of the frozen weights; A and B are float32
+        self.model = weights.load_flux(self.found, self.preset.flux, dtype, self.place)
+        pairs = inject.add_trained(self.model, settings.target, settings.rank, settings.alpha, settings.stabilised)
+        self.pairs = nn.ModuleDict({layer.replace(".", "/"): pair for layer, pair in pairs.items()})
+
+    def trainable(self) -> nn.Module:
+        return self.model
+
+    def batch(self, step: int, micro: int):
+        kept = None
+        if self.prior:
+            index = step * self.settings.accumulate + micro
+            items = next(data.batches(self.prior, self.settings.batch, self.settings.seed, index))
+            kept = self.drawn(items, " to keep", step, micro)
+        return super().batch(step, micro), kept
+
+    def held_out(self) -> list:
+        return [(batch, None) for batch in super().held_out()]
+
+    def loss(self, batch) -> Tensor:
+        """Per picture; that of the pictures to keep is spread over them."""
+        learned, kept = batch
+        losses = super().loss(learned)
+        return losses if kept is None else losses + self.settings.prior_weight * super().loss(kept).mean()
+
+    def adapter(self) -> Adapter:
+        return Adapter({name.replace("/", "."): (LowRank(pair.A.detach().cpu(), pair.B.detach().cpu(), pair.scale),)
+                        for name, pair in self.pairs.items()})
+
+    def save(self, folder: Path) -> None:
+        adapter, path = self.adapter(), folder / "final.safetensors"
+        made = {"command": "python train.py lora", "config": cli.as_dict(self.settings), "pictures": len(self.items)}
+        parents = {"flux": self.found["flux"].path}
+        io.write(path, {"flux": adapter}, lora_names.names(self.preset),
+                 metadata=about(adapter, folder.name, self.settings.model, made, parents))
+        if parallel.join().leads:
+            print(f"draw with it: python sample.py --model {self.settings.model} --lora {path} ...")
+
