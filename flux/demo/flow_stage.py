@@ -68,7 +68,8 @@ class FlowTask:
         things = np.array([len(scene.things) for scene in self.scenes])
         both = np.arange(len(things))  # for a handful of scenes that are all of one kind
         self.single, self.double = (both[things == count] if (things == count).any() else both for count in (1, 2))
-        self.there = torch.stack([what_is_where(scene) for scene in self.scenes])
+        self.there = torch.stack([what_is_where(scene) for scene in self.scenes]) if settings.reading else \
+            torch.full((len(self.scenes), 64, 2), -1, dtype=torch.int8)  # nobody reads them
         self.hidden: Tensor | None = None  # (B, 64, D), image tokens half-way through the transformer
         self.model["flux"].single_blocks[1].register_forward_hook(self.keep_hidden)
         self.tokens = self.packed_latents(settings.out / "demo-flow" / "latents.safetensors")
@@ -256,7 +257,7 @@ class GuidanceTask(FlowTask):
 
     def __init__(self, settings: TrainGuidance):
         super().__init__(TrainFlow(seed=settings.seed, scenes=settings.scenes, batch=settings.batch, drop=0.0,
-                                   out=settings.out, warm=True))
+                                   out=settings.out, warm=True, reading=0.0))
         self.strongest, self.about = settings.strongest, str(settings)
         drawn = settings.out / "demo-flow" / "flux.safetensors"  # without it the shipped one, which may be a student itself
         found = weights.find(DEMO, overrides={"flux": drawn} if drawn.exists() else None)
