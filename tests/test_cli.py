@@ -285,7 +285,7 @@ def test_help_fits_the_width_and_shows_defaults(draw, monkeypatch):
         text = cli.help_text("python sample.py t2i [arguments]", draw)
         assert max(map(len, text.splitlines())) <= width
     rows = {line.split()[0]: line for line in text.splitlines() if line.startswith("  --")}
-    assert set(rows) >= {field.flag for field in draw.fields} - {"--metadata", "--shift"}
+    assert set(rows) >= {field.flag for field in draw.fields} - {"--metadata", "--shift", "--strips"}
     flat = " ".join(text.split())
     assert "--strength X of the effect, 0 to 1 (default 0.5)" in flat
     assert "--tile N pixels per tile (default: the model's own)" in flat

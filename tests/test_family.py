@@ -350,7 +350,7 @@ def test_pictures_need_no_words(words, draw, photo, monkeypatch, tmp_path):
     ("--image nowhere.png", "nowhere.png.* cannot be opened"),
     ("--image broken.png", "broken.png: no picture"),
     ("--redux p.png", "Redux embedder is missing .*expected one trained for this model.*--redux-weights"),
-    ("--redux p.png:11", "--redux p.png:11: strength 11, expected a number from 0 to 10"),
+    ("--redux p.png:11", "--redux p.png:11: scale 11, expected a number from 0 to 10"),
     ("--redux p.png:x", "p.png:x' cannot be opened"),
     ("--negative b", "--negative came without --cfg-scale"),
     ("--cfg-scale -1", "--cfg-scale -1.0: expected 0 or more"),
