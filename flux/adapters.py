@@ -38,16 +38,10 @@ def read(words: tuple[str, ...], model: Preset) -> list[Given]:
 
 def fitted(model: Preset, given: list[Given]) -> Preset:
     """The model with what LoRAs make of it: one that widens img_in is a control model (FLUX.1-Canny-dev-lora)."""
-    if model.takes != "control" and any(map(widens(model), given)):
+    first = [term for lora in given if "flux" in lora.parts for term in lora.parts["flux"].layers.get("img_in", ())]
+    if any(term.shape[1] > model.flux.in_channels for term in first if not isinstance(term, Bias)):
         return replace(model, takes="control")
     return model
-
-
-def widens(model: Preset):
-    def wider(lora: Given) -> bool:
-        terms = lora.parts["flux"].layers.get("img_in", ()) if "flux" in lora.parts else ()
-        return any(term.shape[1] > model.flux.in_channels for term in terms if not isinstance(term, Bias))
-    return wider
 
 
 def attach(given: list[Given], part: str, network: nn.Module) -> Loras:

@@ -85,8 +85,8 @@ class ControlNet(Flux):
 def begun_from(model: Flux, config: FluxConfig, pixels: bool = False) -> ControlNet:
     """A branch to be trained: every tensor that it has in common with the transformer is copied; it changes nothing yet."""
     branch = ControlNet(config, pixels).to(model.img_in.weight)
-    shared = {name: tensor for name, tensor in model.state_dict().items() if name in branch.state_dict()}
-    branch.load_state_dict(shared, strict=False)
+    own = branch.state_dict()
+    branch.load_state_dict(own | {name: tensor for name, tensor in model.state_dict().items() if name in own})
     return branch
 
 

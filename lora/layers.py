@@ -27,7 +27,10 @@ class Plan:
 
 
 class LoraLinear(nn.Module):
-    """A linear layer `base` and what is added to it: a plan of given LoRAs, and, while one is trained, a pair of factors."""
+    """A linear layer `base` and what is added to it: a plan of given LoRAs, and, while one is trained, a pair of factors.
+
+    The plan does not follow the layer to another device or dtype; LoRAs are attached where the model computes.
+    """
 
     def __init__(self, base: nn.Module):
         super().__init__()

@@ -141,7 +141,8 @@ def test_less_memory_nearly_the_same_picture_with_loras_too(words):
     lora("a.safetensors", {"single_blocks.0.linear2": (192, 960), "img_in": (192, 64)})
     for more in ((), ("--lora", "a.safetensors:0.5")):
         plain, less = draw("a red circle", *more).astype(float), draw("a red circle", *more, *words).astype(float)
-        assert abs(plain - less).mean() < (0.01 if "--strips" in words else 8)
+        off = abs(plain - less)
+        assert off.max() <= 1 if "--strips" in words else 0 < off.mean() < 3
 
 
 def test_the_pool_trains_what_is_missing_and_says_what_it_has(monkeypatch):
