@@ -222,7 +222,7 @@ def render(scene: Scene, size: int = 128) -> tuple[np.ndarray, np.ndarray]:
             u, v = (x - thing.x) / thing.radius + 0.3, (y - thing.y) / thing.radius + 0.38
             shine = np.exp(-(u**2 + 1.4 * v**2) / 0.09)[..., None]
             paint = paint + (1 - paint) * 0.8 * shine
-        paint, mask = _style_object(scene.style, paint, mask, d, x * size, y * size)
+        paint, mask = _style_object(scene.style, paint, mask, d)
         image = image + (paint - image) * mask[..., None]
     image = _style_picture(scene.style, image, np.minimum.reduce(distances), rng)
     if scene.light == "dim":
@@ -267,26 +267,36 @@ def _noise(rng, size, cell):
     return rows[:, low] * (1 - share) + rows[:, low + 1] * share
 
 
-def _style_object(style, paint, mask, d, x, y):
-    """What a style does to an object's paint and mask; d, x, y in pixels."""
-    light = paint + (1 - paint) * 0.65
-    dark = paint * 0.45
+def _style_object(style, paint, mask, d):
+    """What a style does to an object's paint and mask; d in pixels to its edge."""
     match style:
-        case "stripes":
-            return np.where(((x + y) % 10 < 5)[..., None], paint, light), mask
-        case "checks":
-            return np.where((((x // 6) + (y // 6)) % 2 < 1)[..., None], paint, dark), mask
         case "sketch":
-            return dark, mask * np.clip(np.where(abs((x - y) % 7 - 3.5) < 0.9, 0.75, 0) + _smooth(2.2 - abs(d)), 0, 1)
+            return paint * 0.25, _smooth(3 - abs(d))
         case "neon":
-            return light, np.clip(_smooth(2.4 - abs(d)) + 0.6 * np.exp(-np.maximum(d, -d) / 6), 0, 1)
+            return paint + (1 - paint) * 0.65, np.clip(_smooth(2.4 - abs(d)) + 0.6 * np.exp(-np.maximum(d, -d) / 6), 0, 1)
     return paint, mask
 
 
 def _style_picture(style, image, d, rng):
-    """What a style does to the whole picture; d in pixels to the nearest object's edge."""
+    """What a style does to the whole picture; d in pixels to the nearest object's edge. Patterns are no finer than what
+    the demo's autoencoder keeps, about 8 pixels."""
     size = image.shape[0]
+    y, x = np.mgrid[:size, :size].astype(np.float32)
+
+    def printed(pattern):  # in [-1, 1]: dark paint lighter and light paint darker where it is above 0
+        light = _smooth(3 * image.mean(-1, keepdims=True) - 0.85)
+        target = light * 0.62 * image + (1 - light) * (image + (1 - image) * 0.55)
+        return image + (target - image) * _smooth(pattern * 2 + 0.5)[..., None]
+
     match style:
+        case "stripes":
+            return printed(np.sin((x + y) * (2 * np.pi / 32)))
+        case "checks":
+            return printed(4 * np.sin(x * (np.pi / 16)) * np.sin(y * (np.pi / 16)))
+        case "halftone":
+            return printed(1 - np.hypot((x + y) / 1.414 % 16 - 8, (x - y) / 1.414 % 16 - 8) / 5.2)
+        case "sketch":
+            return image * 0.35 + 0.65
         case "neon":
             edge = np.exp(-abs(d) / 7)[..., None]
             return image * (0.25 + 0.75 * edge)
@@ -302,10 +312,4 @@ def _style_picture(style, image, d, rng):
             rim = 1 - 0.35 * np.exp(-((d + 1.5) / 1.6) ** 2)
             paper = image * 0.72 + 0.28
             return paper * (wash * rim)[..., None]
-        case "halftone":
-            y, x = np.mgrid[:size, :size].astype(np.float32)
-            u, v = (x + y) / np.sqrt(2), (x - y) / np.sqrt(2)
-            dot = np.hypot(u % 6 - 3, v % 6 - 3)
-            dark = 1 - image.mean(-1)
-            return np.clip(image + 0.35 * np.clip(dot - 3.6 * np.sqrt(np.clip(dark, 0, 1)), -1, 1)[..., None], 0, 1)
     return image
