@@ -26,6 +26,10 @@ def rotary_table(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> Tensor:
 
 def rotate(x: Tensor, pe: Tensor) -> Tensor:
     """Turn adjacent channel pairs of x (B, L, H, E), read as complex numbers, by pe, in float32; returns x's dtype."""
+    if torch.compiler.is_compiling():  # which generates no code for complex numbers: the same product, written out
+        real, imaginary = rearrange(x.float(), "b l h (e two) -> two b l h e", two=2)
+        cos, sin = torch.view_as_real(pe).unbind(-1)
+        return torch.stack((real * cos - imaginary * sin, real * sin + imaginary * cos), dim=-1).flatten(3).to(x.dtype)
     pairs = torch.view_as_complex(rearrange(x.float(), "b l h (e two) -> b l h e two", two=2))
     return torch.view_as_real(pairs * pe).flatten(3).to(x.dtype)
 

@@ -19,6 +19,7 @@ from flux.config import Preset
 from flux.control import ControlNet, spread
 from flux.flow import Velocity
 from flux.model import Flux
+from flux.reuse import Reusing
 from flux.tokenizers import ClipTokenizer, T5Tokenizer
 
 CLIP_LENGTH = 77  # tokens, of every CLIP text tower
@@ -114,7 +115,7 @@ def within(t: Tensor, span: tuple[float, float]) -> bool:
     return last <= t[0].item() <= first
 
 
-def velocity(model: Flux, cond: Condition, residuals: Residuals | None = None) -> Velocity:
+def velocity(model: Flux | Reusing, cond: Condition, residuals: Residuals | None = None) -> Velocity:
     """The model under a condition, as a function of the noisy tokens and the time alone."""
     guidance = None
     if model.config.guidance_embed:

@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from flux import latents
-from flux.attention import rotary_table
 from flux.config import FluxConfig
 from flux.errors import UserError
 from flux.model import Flux
@@ -70,7 +69,7 @@ class ControlNet(Flux):
         """As `Flux.forward`, with hint (1 or B, L_img, D) of `embed` -> (B, L_img, D) per double, and per single block."""
         vec = self.condition(vec, t.to(img.dtype), guidance)
         img, txt = self.img_in(img) + hint, self.txt_in(txt)
-        pe = rotary_table(torch.cat((txt_ids, img_ids), dim=1), self.config.axes_dim, self.config.theta)
+        pe = self.positions(txt_ids, img_ids)
         double, single = [], []
         for block, out in zip(self.double_blocks, self.controlnet_blocks, strict=True):
             img, txt = block(img, txt, vec, pe)

@@ -30,9 +30,14 @@ class Flux(nn.Module):
         per single block, added to the image tokens after it (ControlNet branches, LucidFlux).
         """
         vec = self.condition(vec, t.to(img.dtype), guidance)
-        img, txt = self.img_in(img), self.txt_in(txt)                                      # both (B, L, D)
-        pe = rotary_table(torch.cat((txt_ids, img_ids), dim=1), self.config.axes_dim, self.config.theta)
-        for i, block in enumerate(self.double_blocks):
+        pe = self.positions(txt_ids, img_ids)
+        img = self.blocks(self.img_in(img), self.txt_in(txt), vec, pe, residuals)                  # (B, L_img, D)
+        return self.final_layer(img, vec)
+
+    def blocks(self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor, residuals: list[Tensor] | None = None,
+               done: int = 0) -> Tensor:
+        """img (B, L_img, D), txt (B, L_txt, D), vec (B, D) -> img after all blocks; `done` double ones are behind."""
+        for i, block in enumerate(self.double_blocks[done:], done):
             img, txt = block(img, txt, vec, pe)
             if residuals is not None:
                 img = img + residuals[i]
@@ -42,7 +47,11 @@ class Flux(nn.Module):
             x = block(x, vec, pe)
             if residuals is not None and i < len(residuals):
                 x = torch.cat((x[:, :start], x[:, start:] + residuals[i]), dim=1)
-        return self.final_layer(x[:, start:], vec)
+        return x[:, start:]
+
+    def positions(self, txt_ids: Tensor, img_ids: Tensor) -> Tensor:
+        """Ids (B or 1, L, 3) -> the rotary table over text, then image."""
+        return rotary_table(torch.cat((txt_ids, img_ids), dim=1), self.config.axes_dim, self.config.theta)
 
     def condition(self, vec: Tensor, t: Tensor, guidance: Tensor | None) -> Tensor:
         """Pooled text (B, 768), time and guidance (B,) -> (B, D), summed in the released order: bf16 depends on it."""

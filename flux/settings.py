@@ -3,8 +3,10 @@
 `flux/cli.py` reads this file as text: the comment on a field's line is its help, so it carries the unit. No torch here.
 """
 
+import math
 import re
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Literal
 
@@ -25,6 +27,8 @@ class Sampling:
     width: int | None = None  # pixels, a multiple of 16: one token is 2 x 2 latents of 8 x 8 pixels
     height: int | None = None  # pixels, a multiple of 16
     steps: int | None = None  # Euler steps from noise to image; time grows with them
+    shift: float | None = None  # moves the steps towards noise by this factor; default: by the picture's size; schnell: 1
+    times: str | None = None  # the steps' own times from 1 (noise) to 0, as in 1,0.75,0.5,0.25,0, in place of --steps
     guidance: float | None = None  # distilled guidance: larger follows the prompt more and varies less
     seed: int = 0  # of the noise; picture i uses seed + i and is the same alone or among others
     num: int = 1  # pictures per prompt
@@ -32,6 +36,9 @@ class Sampling:
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes the first GPU there is
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of weights and arithmetic; auto is bf16 on GPU, else fp32
     store: Literal["plain", "fp8", "int8"] = "plain"  # how the transformer's weights lie in memory: in 8 bits they take half
+    reuse: float | None = None  # change of the first block below which a step takes the others' work from the last; try 0.1
+    compile: bool = False  # torch.compile of the transformer's blocks: a minute before the first step, then faster ones
+    cuda_graphs: bool = False  # with --compile on a GPU: launch all kernels of a block at once
     strips: bool = False  # encode and decode pictures strip by strip: the same pictures in less memory
     metadata: bool = True  # write into each picture how it was made, for --from
 
@@ -42,7 +49,27 @@ class Sampling:
                 nearest = max(16, round(pixels / 16) * 16)
                 raise UserError(f"--{name} {pixels}: expected a positive multiple of 16 pixels; nearest is {nearest}")
         _at_least(1, self, "steps", "num")
-        _at_least(0, self, "guidance", "seed")
+        _at_least(0, self, "guidance", "seed", "reuse")
+        if self.shift is not None and not self.shift > 0:
+            raise UserError(f"--shift {self.shift}: expected a factor above 0, such as 3; 1 shifts nothing")
+        if self.cuda_graphs and not self.compile:
+            raise UserError("--cuda-graphs came without --compile, expected both; add --compile")
+        if self.times is not None:
+            for name in ("steps", "shift"):
+                if getattr(self, name) is not None:
+                    raise UserError(f"--{name} came with --times, expected one of them: the times say all; leave one out")
+            self.given_times  # noqa: B018  checks them
+
+    @property
+    def given_times(self) -> list[float]:
+        """Those of --times."""
+        words = self.times.split(",")
+        times = [float(word) if re.fullmatch(r" *([0-9]+[.]?[0-9]*|[.][0-9]+) *", word) else math.nan for word in words]
+        falling = all(late < early for early, late in pairwise(times))
+        if len(times) < 2 or times[0] != 1 or times[-1] != 0 or not falling:
+            raise UserError(f"--times {self.times!r}: expected falling numbers from 1 to 0, such as 1,0.75,0.5,0.25,0; "
+                            "a list of sigmas may lack the 0 at its end: add it")
+        return times
 
 
 @dataclass(frozen=True)

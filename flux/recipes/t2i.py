@@ -4,6 +4,7 @@ The whole road of the project in one file: text encoders -> noise -> Euler steps
 Pictures that a user gives come in by `flux/inputs.py`. Training takes the same road with `flow.loss` in place of Euler.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from tqdm import tqdm
 from flux import (
     adapters,
     checkpoint,
+    compiled,
     conditioning,
     device,
     fill,
@@ -25,11 +27,12 @@ from flux import (
     latents,
     parallel,
     pictures,
+    reuse,
     storage,
     strips,
     weights,
 )
-from flux.config import preset
+from flux.config import Preset, preset
 from flux.demo import scene
 from flux.errors import UserError
 from flux.finetune import Captioned
@@ -52,10 +55,13 @@ class TextToImage(Conditioned):
         given = inputs.read(self, model)
         width, height = given.size
         latents.check_size(width, height)
-        steps, guidance = self.steps or model.steps, model.guidance if self.guidance is None else self.guidance
+        times = self.schedule(model, (width // 16) * (height // 16))
+        guidance = model.guidance if self.guidance is None else self.guidance
         prompts = [prompt for prompt in self.all_prompts() for _ in range(self.num)]
         jobs = [(prompt, self.seed + i) for i, prompt in enumerate(prompts)]
         place, dtype = device.choose(self.device, self.dtype)
+        if self.compile:
+            compiled.check(place, self.cuda_graphs)
         found = weights.find(model, self.weights, {"flux": self.flux, "ae": self.ae, "clip": self.clip, "t5": self.t5,
                                                    "siglip": self.siglip, "redux": self.redux_weights})
         parts = ("flux", "ae", "clip", "t5", "tokenizer", "tokenizer_2", *(("siglip", "redux") if self.redux else ()))
@@ -79,14 +85,16 @@ class TextToImage(Conditioned):
             if self.store != "plain":
                 storage.store(transformer, storage.DTYPES[self.store])
             adapters.attach(loras, "flux", transformer)
-            times = flow.schedule(steps, (width // 16) * (height // 16), model.shift)
+            if self.compile:
+                compiled.compile_blocks(transformer, self.cuda_graphs)
             left = flow.remaining(times, given.strength)
             control = inputs.controlled(self, given, autoencoder, model, times, dtype, place)
 
             def under(prompts: list[str]) -> flow.Velocity:
                 txt, vec = (torch.cat(part) for part in zip(*(features[prompt] for prompt in prompts), strict=True))
                 cond = fixed.onto(conditioning.condition(txt, vec, width, height, guidance))
-                return conditioning.velocity(transformer, cond, control and control(cond))
+                network = transformer if self.reuse is None else reuse.Reusing(transformer, self.reuse)
+                return conditioning.velocity(network, cond, control and control(cond))
 
             with tqdm(total=len(jobs) * (len(left) - 1), desc="sampling", unit="step", disable=None) as bar:
                 for start in range(0, len(jobs), self.batch):
@@ -101,8 +109,17 @@ class TextToImage(Conditioned):
                         if self.keep:
                             pil = fill.keep(pil, given.image, given.mask)
                         alone = replace(self, prompt=(prompt,), prompts=None, num=1, seed=seed)
-                        yield pil, {"prompt": prompt, "seed": seed, "steps": steps, "guidance": guidance,
+                        yield pil, {"prompt": prompt, "seed": seed, "steps": len(times) - 1, "guidance": guidance,
                                     "model": self.model, "config": alone, "files": files}
+
+    def schedule(self, model: Preset, tokens: int) -> list[float]:
+        """--times as they are; else even steps, shifted by --shift, or as the model is for so many image tokens."""
+        if self.times is not None:
+            return self.given_times
+        steps = self.steps or model.steps
+        if self.shift is None:
+            return flow.schedule(steps, tokens, model.shift)
+        return [flow.shift_time(t, math.log(self.shift)) for t in flow.schedule(steps, tokens, shift=False)]
 
     @property
     def guided(self) -> bool:
