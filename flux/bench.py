@@ -25,7 +25,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
-from flux import cli, device, naming
+from flux import cli, compiled, device, naming
 from flux.autoencoder import AutoEncoder
 from flux.clip import ClipText
 from flux.config import AutoEncoderConfig, ClipTextConfig, FluxConfig, T5Config
@@ -44,8 +44,8 @@ class Bench:
 
     part: tuple[Literal["transformer", "backward", "clip", "t5", "decode"], ...] = (  # what to time (default all)
         "transformer", "backward", "clip", "t5", "decode")
-    against: tuple[Literal["diffusers", "transformers", "formulation"], ...] = (
-        # contenders; formulation is our network computed in the original release's steps (default: what is installed)
+    against: tuple[Literal["diffusers", "transformers", "formulation", "compiled"], ...] = (
+        # contenders; formulation: ours in the original's steps; compiled: by --compile (default: what is installed)
     )
     dtype: tuple[Literal["fp32", "bf16"], ...] = ("fp32",)  # of weights and inputs (default fp32)
     device: str = "auto"  # cpu, cuda or cuda:1; auto takes a GPU if there is one
@@ -107,9 +107,11 @@ def network(bench: Bench, who: str, place: torch.device, dtype: torch.dtype) -> 
     cells = torch.arange(bench.image_tokens)
     img_ids = torch.stack((0 * cells, cells // 32, cells % 32), dim=-1).float().to(place)    # (L, 3): rows of 32 cells
     txt_ids = torch.zeros(bench.text_tokens, 3, device=place)
+    if who == "compiled":
+        compiled.compile_blocks(flux)
     if who != "diffusers":
         flux = flux.to(place, dtype)
-        forward = flux if who == "minflux" else lambda *inputs: formulation(flux, *inputs)
+        forward = flux if who != "formulation" else lambda *inputs: formulation(flux, *inputs)
         return flux, img, lambda img: forward(img, img_ids[None], txt, txt_ids[None], vec, t, guidance)
 
     from diffusers import FluxTransformer2DModel
@@ -203,7 +205,8 @@ def decode(bench: Bench, who: str, place: torch.device, dtype: torch.dtype) -> W
     return torch.no_grad()(lambda: theirs.decode(latents / scale + shift, return_dict=False)[0])
 
 
-WORK = {"transformer": (transformer, ("diffusers", "formulation")), "backward": (backward, ("diffusers", "formulation")),
+WORK = {"transformer": (transformer, ("diffusers", "formulation", "compiled")),
+        "backward": (backward, ("diffusers", "formulation", "compiled")),
         "clip": (clip, ("transformers",)), "t5": (t5, ("transformers",)), "decode": (decode, ("diffusers",))}
 
 
@@ -378,6 +381,8 @@ def main(argv: list[str]) -> None:
     if lacking := [who for who in absent if who in bench.against]:
         raise UserError(f"--against {lacking[0]} is not installed, expected a library that is; pip install {lacking[0]}")
     place, _ = device.choose(bench.device)
+    if "compiled" in bench.against:
+        compiled.check(place)
     print(heading(bench, place), flush=True)
     if absent and not bench.against:
         print(f"not installed, so not compared: {', '.join(absent)}", flush=True)

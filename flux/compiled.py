@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import sysconfig
+import warnings
 from importlib import util
 from pathlib import Path
 
@@ -42,5 +43,7 @@ def compile_blocks(model: Flux, cuda_graphs: bool = False, backend: str = "induc
     """
     if cuda_graphs:  # what blocks return lives until the next step begins, not just until the next block is called
         model.img_in.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
+    # Of the rotary table, which comes in as complex numbers; `attention.rotate` takes it apart before it computes.
+    warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex", UserWarning)
     for block in (*model.double_blocks, *model.single_blocks):
         block.compile(fullgraph=True, backend=backend, mode="reduce-overhead" if cuda_graphs else None)

@@ -22,10 +22,10 @@ class Reusing:
 
     def __init__(self, model: Flux, threshold: float):
         self.model, self.config, self.threshold = model, model.config, threshold
-        self.first: Tensor | None = None  # (B, L_img, D) that the first block, and its residual, added
-        self.rest: Tensor | None = None  # (B, L_img, D) that all other blocks added
+        self.first: Tensor | None = None  # (B, L_img, D) that the first block added
+        self.rest: Tensor | None = None  # (B, L_img, D) that all other blocks, and all residuals, added
         self.steered = False  # by residuals
-        self.full = self.seen = 0  # pictures times steps: computed whole, and all
+        self.full = 0  # pictures times steps that were computed whole, for those who measure
 
     def __call__(self, img: Tensor, img_ids: Tensor, txt: Tensor, txt_ids: Tensor, vec: Tensor, t: Tensor,
                  guidance: Tensor | None = None, residuals: list[Tensor] | None = None) -> Tensor:
@@ -33,18 +33,17 @@ class Reusing:
         vec, pe = model.condition(vec, t.to(img.dtype), guidance), model.positions(txt_ids, img_ids)
         before = model.img_in(img)
         img, txt = model.double_blocks[0](before, model.txt_in(txt), vec, pe)
-        if residuals is not None:
-            img = img + residuals[0]
+        steered = img if residuals is None else img + residuals[0]
         rows = self.changed(img - before, residuals is not None)
-        self.full, self.seen = self.full + len(rows), self.seen + len(img)
+        self.full += len(rows)
         if len(rows) == len(img):
-            out = model.blocks(img, txt, vec, pe, residuals, done=1)
+            out = model.blocks(steered, txt, vec, pe, residuals, done=1)
             self.first, self.rest = img - before, out - img
         else:
             out = img + self.rest
             if rows:
                 some, pe = residuals and [x[rows] for x in residuals], pe.expand(len(img), -1, -1, -1)[rows]
-                out[rows] = model.blocks(img[rows], txt[rows], vec[rows], pe, some, done=1)
+                out[rows] = model.blocks(steered[rows], txt[rows], vec[rows], pe, some, done=1)
                 self.first[rows], self.rest[rows] = (img - before)[rows], (out - img)[rows]
         return model.final_layer(out, vec)
 

@@ -15,6 +15,7 @@ from flux.demo.lora_trial import JudgeLora
 from flux.demo.pair_stage import TrainPair
 from flux.demo.pool import TrainPool
 from flux.demo.reader_stage import TrainReader
+from flux.demo.reuse_trial import MeasureReuse
 
 
 @dataclass(frozen=True)
@@ -33,4 +34,4 @@ class TrainAll:
 
 TRAIN = {"": TrainAll, "autoencoder": TrainAutoencoder, "pair": TrainPair, "flow": TrainFlow, "guidance": TrainGuidance,
          "reader": TrainReader, "evaluate": Evaluate, "lora": JudgeLora,
-         "pool": TrainPool}
+         "pool": TrainPool, "reuse": MeasureReuse}
