@@ -39,7 +39,7 @@ def compile_blocks(model: Flux, cuda_graphs: bool = False, backend: str = "induc
     """Each block as one graph, made when it is first called; after LoRAs are attached, as these change what is in blocks.
 
     cuda_graphs: kernels are recorded and replayed together, which helps where launching them takes longer than they do.
-    backend: "inductor" generates code; "aot_eager" traces alone, for tests.
+    backend: "inductor" generates code; "eager" traces alone, for tests.
     """
     if cuda_graphs:  # what blocks return lives until the next step begins, not just until the next block is called
         model.img_in.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())

@@ -6,8 +6,10 @@ import pytest
 import torch
 
 from flux import conditioning, flow, latents
-from flux.config import FluxConfig
+from flux.config import PRESETS, FluxConfig
+from flux.errors import UserError
 from flux.model import Flux
+from flux.recipes import t2i
 from golden import load
 
 TEXT = ("denoise_dev", "denoise_schnell")
@@ -51,6 +53,56 @@ def test_shifts_keep_the_ends_and_compose():
         assert flow.shift_time(t, 0.0) == pytest.approx(t)
         assert flow.shift_time(flow.shift_time(t, 0.3), 0.4) == pytest.approx(flow.shift_time(t, 0.7))
         assert flow.shift_time(t, 0.3) > t
+
+
+def diffusers_sigmas(steps, shift=None, mu=None):
+    """FlowMatchEulerDiscreteScheduler as its pipelines call it, written out: a fixed `shift`, or a dynamic one by `mu`."""
+    sigmas = [1 + i * (1 / steps - 1) / max(steps - 1, 1) for i in range(steps)]  # linspace(1, 1 / steps, steps)
+    if mu is None:
+        return [shift * sigma / (1 + (shift - 1) * sigma) for sigma in sigmas] + [0.0]
+    return [math.exp(mu) / (math.exp(mu) + (1 / sigma - 1) ** 1.0) for sigma in sigmas] + [0.0]
+
+
+@pytest.mark.parametrize("steps", (1, 4, 8, 25))
+def test_the_schedules_that_flags_choose(steps):
+    dev, schnell = PRESETS["dev"], PRESETS["schnell"]
+    for shift in (1.0, 3.0, 0.5, 1.7):  # the same for a model that shifts by itself, and for any size
+        expected = pytest.approx(diffusers_sigmas(steps, shift), abs=1e-12)
+        assert t2i.TextToImage(steps=steps, shift=shift).schedule(dev, 4096) == expected
+        assert t2i.TextToImage(steps=steps, shift=shift).schedule(schnell, 256) == expected
+    assert t2i.TextToImage(steps=steps).schedule(dev, 4096) == pytest.approx(diffusers_sigmas(steps, mu=1.15), abs=1e-12)
+    assert t2i.TextToImage(steps=steps).schedule(schnell, 4096) == pytest.approx(diffusers_sigmas(steps, 1.0), abs=1e-12)
+
+
+def test_recorded_schedules_of_diffusers():
+    """diffusers 0.42.1, shift 3 and 1.7, by hand."""
+    times = t2i.TextToImage(steps=8, shift=3.0).schedule(PRESETS["dev"], 1024)
+    assert times == pytest.approx([1, 0.9545454, 0.9, 0.8333333, 0.75, 0.6428571, 0.5, 0.3, 0], abs=1e-6)
+    times = t2i.TextToImage(steps=5, shift=1.7).schedule(PRESETS["dev"], 1024)
+    assert times == pytest.approx([1, 0.8717949, 0.7183098, 0.53125, 0.2982456, 0], abs=1e-6)
+
+
+@pytest.mark.parametrize("text", ("1,0.75,0.5,0.25,0", " 1.0, .75 ,0.50,0.25,0.", "1,0"))
+def test_given_times_are_taken_as_they_are(text):
+    for model in (PRESETS["dev"], PRESETS["schnell"]):
+        times = t2i.TextToImage(times=text).schedule(model, 1024)
+        assert times == ([1, 0.75, 0.5, 0.25, 0] if "5" in text else [1, 0])
+
+
+@pytest.mark.parametrize("text", ("", "1", "0", "1,0.5", "0.9,0", "1,0.5,0.5,0", "0,0.5,1", "1,x,0", "1,nan,0", "1,,0", "1 0",
+                                  "1,-0.5,0", "1,1e-1,0", "1,inf,0", "2,1,0", "1,0.5,0,0"))
+def test_given_times_that_are_none(text):
+    with pytest.raises(UserError, match="--times .*: expected falling numbers from 1 to 0, such as"):
+        t2i.TextToImage(times=text)
+
+
+def test_flags_of_schedules_that_do_not_go_together():
+    for wrong in ({"steps": 4}, {"shift": 3.0}):
+        with pytest.raises(UserError, match="came with --times, expected one of them"):
+            t2i.TextToImage(times="1,0", **wrong)
+    for shift in (0.0, -1.0):
+        with pytest.raises(UserError, match="expected a factor above 0"):
+            t2i.TextToImage(shift=shift)
 
 
 def test_what_is_left_of_a_schedule():

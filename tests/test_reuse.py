@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import sample
-from flux import conditioning, flow, latents
+from flux import conditioning, flow, pictures
 from flux.config import TINY
 from flux.control import ControlNet
 from flux.errors import UserError
@@ -75,19 +75,17 @@ def test_below_a_threshold_of_zero_nothing_is_reused(dtype):
 
 @DTYPES
 @torch.inference_mode()
-def test_below_a_huge_threshold_only_the_first_step_is_whole(dtype, monkeypatch):
+def test_below_a_huge_threshold_only_the_first_step_is_whole(dtype):
     for model, img, cond, residuals in kinds(dtype):
         calls, blocks = [], model.blocks
         model.blocks = lambda *args, blocks=blocks, calls=calls, **more: calls.append(len(args[0])) or blocks(*args, **more)
-        network = Reusing(model, 1e9)
-        v = conditioning.velocity(network, cond, residuals)
-        first, t = v(img, torch.ones(3, dtype=dtype)), torch.full((3,), 0.5, dtype=dtype)
-        del model.blocks
-        assert calls == [3] and torch.equal(first, conditioning.velocity(model, cond, residuals)(img, torch.ones(3, dtype=dtype)))
-        later = v(img, t)
+        network, one, half = Reusing(model, 1e9), torch.ones(3, dtype=dtype), torch.full((3,), 0.5, dtype=dtype)
+        v, whole = conditioning.velocity(network, cond, residuals), conditioning.velocity(model, cond, residuals)
+        first, later = v(img, one), v(img, half)
         assert calls == [3] and network.full == 3
+        assert torch.equal(first, whole(img, one))
         assert not torch.equal(later, first), "the first block and the last layer see the new time"
-        assert not torch.equal(later, conditioning.velocity(model, cond, residuals)(img, t)), "the others do not"
+        assert not torch.equal(later, whole(img, half)), "the others do not"
 
 
 @torch.inference_mode()
@@ -131,9 +129,9 @@ def test_a_controlnet_that_comes_or_goes_makes_a_step_whole():
     model, (img, cond) = build(), given()
     span, whole = conditioning.span(TIMES, 0.25, 0.5), []
     network = Reusing(model, 1e9)
-    for state in flow.euler_steps(conditioning.velocity(network, cond, steer(cond, span=span)), img, TIMES):
+    for _ in flow.euler_steps(conditioning.velocity(network, cond, steer(cond, span=span)), img, TIMES):
         whole.append(network.full // 3)
-    assert whole == [1, 1, 2, 2, 3, 3, 3, 3] and torch.isfinite(state).all()
+    assert whole == [1, 1, 2, 2, 3, 3, 3, 3]
 
 
 @torch.inference_mode()
@@ -152,7 +150,7 @@ def test_true_guidance_has_two_memories():
 
 
 @torch.inference_mode()
-def test_reusing_whole_steps_is_taking_fewer(monkeypatch):
+def test_reusing_whole_steps_is_taking_fewer():
     """Why there is no flag for it: two Euler steps with one velocity are one step over both."""
     model, (img, cond) = build(), given()
     v, kept = conditioning.velocity(model, cond), {}
@@ -183,6 +181,15 @@ def test_the_flag(tmp_path):
     assert '"reuse": 1000000000.0' in second.text["minflux"]
     with pytest.raises(UserError, match="--reuse -1.0: expected 0 or more"):
         draw(tmp_path, "--reuse=-1")
+
+
+def test_given_times_are_remembered(tmp_path):
+    sample.main(["a star", "--times", "1,0.6,0", "--device", "cpu", "--out", str(tmp_path)])
+    path = tmp_path / "00001_seed0.png"
+    made = pictures.read_metadata(path)
+    assert made["steps"] == 2 and made["config"]["times"] == "1,0.6,0"
+    sample.main(["--from", str(path), "--out", str(tmp_path)])
+    assert (tmp_path / "00002_seed0.png").read_bytes() == path.read_bytes()
 
 
 def test_the_measured_table(capsys):
