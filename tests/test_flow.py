@@ -89,8 +89,8 @@ def test_given_times_are_taken_as_they_are(text):
         assert times == ([1, 0.75, 0.5, 0.25, 0] if "5" in text else [1, 0])
 
 
-@pytest.mark.parametrize("text", ("", "1", "0", "1,0.5", "0.9,0", "1,0.5,0.5,0", "0,0.5,1", "1,x,0", "1,nan,0", "1,,0", "1 0",
-                                  "1,-0.5,0", "1,1e-1,0", "1,inf,0", "2,1,0", "1,0.5,0,0"))
+@pytest.mark.parametrize("text", ("", "1", "0", "1,0.5", "0.9,0", "1,0.5,0.5,0", "0,0.5,1", "1,x,0", "1,nan,0", "1,,0",
+                                  "1 0", "1,-0.5,0", "1,1e-1,0", "1,inf,0", "2,1,0", "1,0.5,0,0"))
 def test_given_times_that_are_none(text):
     with pytest.raises(UserError, match="--times .*: expected falling numbers from 1 to 0, such as"):
         t2i.TextToImage(times=text)

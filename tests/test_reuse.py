@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import sample
-from flux import conditioning, flow, pictures
+from flux import conditioning, flow
 from flux.config import TINY
 from flux.control import ControlNet
 from flux.errors import UserError
@@ -181,15 +181,6 @@ def test_the_flag(tmp_path):
     assert '"reuse": 1000000000.0' in second.text["minflux"]
     with pytest.raises(UserError, match="--reuse -1.0: expected 0 or more"):
         draw(tmp_path, "--reuse=-1")
-
-
-def test_given_times_are_remembered(tmp_path):
-    sample.main(["a star", "--times", "1,0.6,0", "--device", "cpu", "--out", str(tmp_path)])
-    path = tmp_path / "00001_seed0.png"
-    made = pictures.read_metadata(path)
-    assert made["steps"] == 2 and made["config"]["times"] == "1,0.6,0"
-    sample.main(["--from", str(path), "--out", str(tmp_path)])
-    assert (tmp_path / "00002_seed0.png").read_bytes() == path.read_bytes()
 
 
 def test_the_measured_table(capsys):

@@ -56,6 +56,15 @@ def test_the_same_command_gives_the_same_bytes(tmp_path):
     assert all(drawn(tmp_path / folder)[0].read_bytes() == first for folder in "bcd")
 
 
+def test_given_times_are_remembered(tmp_path):
+    run(PROMPT, "--times", "1,0.6,0", "--out", tmp_path / "a")
+    path, = drawn(tmp_path / "a")
+    made = pictures.read_metadata(path)
+    assert made["steps"] == 2 and made["config"]["times"] == "1,0.6,0"
+    run("--from", path, "--out", tmp_path / "b")
+    assert drawn(tmp_path / "b")[0].read_bytes() == path.read_bytes()
+
+
 def test_another_seed_or_prompt_gives_another_picture(tmp_path):
     run(PROMPT, "--steps", 3, "--out", tmp_path)
     run(PROMPT, "--steps", 3, "--seed", 1, "--out", tmp_path)
