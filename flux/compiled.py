@@ -43,6 +43,8 @@ def compile_blocks(model: Flux, cuda_graphs: bool = False, backend: str = "induc
     """
     if cuda_graphs:  # what blocks return lives until the next step begins, not just until the next block is called
         model.img_in.register_forward_pre_hook(lambda *_: torch.compiler.cudagraph_mark_step_begin())
+    # Sizes, batches of one and LoRAs that differ from block to block make more graphs than the 8 that torch allows.
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, 64)
     # Of the rotary table, which comes in as complex numbers; `attention.rotate` takes it apart before it computes.
     warnings.filterwarnings("ignore", "Torchinductor does not support code generation for complex", UserWarning)
     for block in (*model.double_blocks, *model.single_blocks):
