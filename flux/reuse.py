@@ -34,17 +34,18 @@ class Reusing:
         before = model.img_in(img)
         img, txt = model.double_blocks[0](before, model.txt_in(txt), vec, pe)
         steered = img if residuals is None else img + residuals[0]
-        rows = self.changed(img - before, residuals is not None)
+        first = img - before
+        rows = self.changed(first, residuals is not None)
         self.full += len(rows)
         if len(rows) == len(img):
             out = model.blocks(steered, txt, vec, pe, residuals, done=1)
-            self.first, self.rest = img - before, out - img
+            self.first, self.rest = first, out - img
         else:
             out = img + self.rest
             if rows:
                 some, pe = residuals and [x[rows] for x in residuals], pe.expand(len(img), -1, -1, -1)[rows]
                 out[rows] = model.blocks(steered[rows], txt[rows], vec[rows], pe, some, done=1)
-                self.first[rows], self.rest[rows] = (img - before)[rows], (out - img)[rows]
+                self.first[rows], self.rest[rows] = first[rows], (out - img)[rows]
         return model.final_layer(out, vec)
 
     def changed(self, first: Tensor, steered: bool) -> list[int]:
