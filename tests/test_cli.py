@@ -44,7 +44,7 @@ class Draw(Sampling):
     strength: float = 0.5  # of the effect, 0 to 1
     tile: int | None = None  # pixels per tile
     paths: tuple[Path, ...] = ()  # files to mix in
-    shift: bool = False  # move the schedule
+    mirror: bool = False  # turn it over
     order: Literal[1, 2] = 1  # of the integrator
     num: int = 2  # pictures per prompt
     seed: int = 3
@@ -173,8 +173,8 @@ def test_an_impossible_annotation_names_its_field(folder):
     ("--strength -1", {"strength": -1.0}),
     ("--strength -.5e-3", {"strength": -0.0005}),
     ("--tile -16", {"tile": -16}),
-    ("--no-metadata --shift", {"metadata": False, "shift": True}),
-    ("--shift --no_shift", {"shift": False}),
+    ("--no-metadata --mirror", {"metadata": False, "mirror": True}),
+    ("--mirror --no_mirror", {"mirror": False}),
     ("--out some/where --t5=t5", {"out": Path("some/where"), "t5": Path("t5")}),
     ("--dtype bf16 --order 2", {"dtype": "bf16", "order": 2}),
     ("--paths a --paths b", {"paths": (Path("a"), Path("b"))}),
@@ -225,7 +225,7 @@ def test_underscore_and_dash_are_the_same(folder, name):
     (["--steps"], ["--steps", "without a value", "a whole number"]),
     (["--steps", "--seed", "4"], ["--steps", "without a value"]),
     (["--config"], ["--config", "without a value"]),
-    (["--shift=true"], ["--shift=true", "--no-shift"]),
+    (["--mirror=true"], ["--mirror=true", "--no-mirror"]),
     (["caf\udce9"], ["UTF-8"]),
 ])
 def test_mistakes_in_flags_are_told_in_one_line(draw, words, parts):
@@ -285,12 +285,13 @@ def test_help_fits_the_width_and_shows_defaults(draw, monkeypatch):
         text = cli.help_text("python sample.py t2i [arguments]", draw)
         assert max(map(len, text.splitlines())) <= width
     rows = {line.split()[0]: line for line in text.splitlines() if line.startswith("  --")}
-    assert set(rows) >= {field.flag for field in draw.fields} - {"--metadata", "--shift", "--strips"}
+    switches = {field.flag for field in draw.fields if field.type[0] == "bool"}  # shown as --mirror, --no-mirror
+    assert set(rows) >= {field.flag for field in draw.fields} - switches
     flat = " ".join(text.split())
     assert "--strength X of the effect, 0 to 1 (default 0.5)" in flat
     assert "--tile N pixels per tile (default: the model's own)" in flat
     assert "--prompts PATH file with one prompt a line; # comments --" in flat  # a path that is absent has no default
-    assert "--shift, --no-shift move the schedule (default off)" in flat
+    assert "--mirror, --no-mirror turn it over (default off)" in flat
     assert "--order 1|2 of the integrator (default 1)" in flat
     assert "(default out)" in flat and "(default on)" in flat
     assert "--prompt TEXT what to draw; several make several pictures (also without the flag, repeatable)" in flat
