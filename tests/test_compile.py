@@ -61,10 +61,10 @@ def graphs() -> int:
     return counters["stats"]["unique_graphs"]
 
 
+@torch._dynamo.config.patch(recompile_limit=1)  # which must be raised
 @torch.inference_mode()
-def test_one_graph_serves_all_blocks_of_a_kind_and_a_size_that_changes_takes_one_more(monkeypatch):
+def test_one_graph_serves_all_blocks_of_a_kind_and_a_size_that_changes_takes_one_more():
     """From then on all sizes are free; a batch of one is a case of its own, as for all of torch.compile."""
-    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 1)  # which must be raised
     pair = build()
     expected = [((2, 4, 6, 5), 2), ((2, 4, 6, 5), 2), ((3, 6, 6, 7), 4), ((5, 10, 4, 9), 4), ((2, 2, 6, 4), 4),
                 ((1, 4, 6, 5), 6), ((1, 6, 10, 11), 6)]
