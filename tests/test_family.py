@@ -359,7 +359,7 @@ def test_pictures_need_no_words(words, draw, photo, monkeypatch, tmp_path):
     ("--controlnet x.safetensors", "--controlnet came without a picture to follow"),
     ("--controlnet x.safetensors --control p.png", "--controlnet x.safetensors is no file"),
     ("--controlnet broken.png --control p.png", "broken.png"),
-    ("--model demo-fill --image p.png --mask m.png", "a FLUX.1 transformer is missing"),
+    ("--model fill --image p.png --mask m.png", "a FLUX.1 transformer is missing"),
     ("--model kontext --reference p.png", "a FLUX.1 transformer is missing.*flux1-kontext-dev.safetensors"),
 ])
 def test_mistakes_are_one_line(words, said, photo, tmp_path, monkeypatch):
