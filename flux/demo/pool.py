@@ -77,12 +77,12 @@ def entries() -> list[Entry]:
 class TrainPool:
     """The pool of LoRAs for AutoLoRA, one after the other; goes on where it was stopped."""
 
-    steps: int = 150            # of each LoRA
+    steps: int = 130            # of each LoRA
     rank: int = 2
-    lr: float = 3e-3
+    lr: float = 4e-3
     batch: int = 8
     pictures: int = 32          # that each LoRA sees
-    target: str = r"single_blocks.*linear|img_(attn|mlp)"  # layers, a regular expression
+    target: str = "single_blocks.*linear"  # layers, a regular expression
     only: str = ""              # train those whose name has this in it
     seed: int = 0
     out: Path = Path("runs")    # folder for pictures and run folders
@@ -95,7 +95,7 @@ class TrainPool:
             if not entry.path.exists():
                 shapes = (entry.shape,) if entry.shape else world.SHAPES
                 place = self.out / "pool" / entry.name
-                folder.write(place / "pictures", self.pictures, self.seed, entry.style, shapes, PALETTES[entry.palette])
+                folder.write(place / "pictures", self.pictures, self.seed, entry.style, shapes, PALETTES[entry.palette], full=True)
                 yield "pool", TrainMember(
                     data=place / "pictures", steps=self.steps, rank=self.rank, lr=self.lr, batch=self.batch, out=place,
                     target=self.target, seed=self.seed, threads=self.threads, save_every=self.steps, title=entry.name)
