@@ -95,7 +95,7 @@ class TrainPool:
             if not entry.path.exists():
                 shapes = (entry.shape,) if entry.shape else world.SHAPES
                 place = self.out / "pool" / entry.name
-                folder.write(place / "pictures", self.pictures, self.seed, entry.style, shapes, PALETTES[entry.palette], full=True)
+                folder.write(place / "pictures", self.pictures, self.seed, entry.style, shapes, PALETTES[entry.palette], True)
                 yield "pool", TrainMember(
                     data=place / "pictures", steps=self.steps, rank=self.rank, lr=self.lr, batch=self.batch, out=place,
                     target=self.target, seed=self.seed, threads=self.threads, save_every=self.steps, title=entry.name)
