@@ -82,7 +82,7 @@ class TrainPool:
     lr: float = 4e-3
     batch: int = 8
     pictures: int = 32          # that each LoRA sees
-    target: str = "single_blocks.*linear"  # layers, a regular expression
+    target: str = r"single_blocks\.[2-5]\.linear"  # layers, a regular expression
     only: str = ""              # train those whose name has this in it
     seed: int = 0
     out: Path = Path("runs")    # folder for pictures and run folders
@@ -94,8 +94,8 @@ class TrainPool:
         for entry in [entry for entry in entries() if self.only in entry.name]:
             if not entry.path.exists():
                 shapes = (entry.shape,) if entry.shape else world.SHAPES
-                place = self.out / "pool" / entry.name
-                folder.write(place / "pictures", self.pictures, self.seed, entry.style, shapes, PALETTES[entry.palette], True)
+                place, colours = self.out / "pool" / entry.name, PALETTES[entry.palette]
+                folder.write(place / "pictures", self.pictures, self.seed, entry.style, shapes, colours, full=True)
                 yield "pool", TrainMember(
                     data=place / "pictures", steps=self.steps, rank=self.rank, lr=self.lr, batch=self.batch, out=place,
                     target=self.target, seed=self.seed, threads=self.threads, save_every=self.steps, title=entry.name)
