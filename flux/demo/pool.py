@@ -82,7 +82,7 @@ class TrainPool:
     lr: float = 4e-3
     batch: int = 8
     pictures: int = 32          # that each LoRA sees
-    target: str = r"single_blocks\.[2-5]\.linear"  # layers, a regular expression
+    target: str = r"single_blocks\.[1-5]\.linear"  # layers, a regular expression
     only: str = ""              # train those whose name has this in it
     seed: int = 0
     out: Path = Path("runs")    # folder for pictures and run folders
@@ -140,7 +140,7 @@ def draw_cover(entry: Entry) -> None:
         "prompt": (world.sample_caption(drawn, rng).text,), "lora": (str(entry.path),),
         "seed": draws.seed_of("cover", entry.name) % 2**31})
     pil, _ = next(iter(command.images()))
-    pictures.write_png(entry.path.with_suffix(".png"), pil.resize((96, 96), Image.Resampling.LANCZOS), None)
+    pictures.write_png(entry.path.with_suffix(".png"), pil.resize((64, 64), Image.Resampling.LANCZOS), None)
 
 
 def write_index() -> None:
