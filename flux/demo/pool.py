@@ -77,10 +77,10 @@ def entries() -> list[Entry]:
 class TrainPool:
     """The pool of LoRAs for AutoLoRA, one after the other; goes on where it was stopped."""
 
-    steps: int = 130            # of each LoRA
+    steps: int = 120            # of each LoRA
     rank: int = 2
     lr: float = 4e-3
-    batch: int = 8
+    batch: int = 6
     pictures: int = 32          # that each LoRA sees
     target: str = r"single_blocks\.[1-5]\.linear"  # layers, a regular expression
     only: str = ""              # train those whose name has this in it
