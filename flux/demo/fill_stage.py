@@ -29,15 +29,15 @@ from lora.metadata import about
 class TrainFill(Training):
     """The demo's Fill model: a wider first layer and a LoRA, on scenes of which a part is hidden."""
 
-    steps: int = 3000
-    lr: float = 1e-3
+    steps: int = 1300
+    lr: float = 1.5e-3
     batch: int = 24
     warmup: int = 50
     schedule: Literal["constant", "cosine"] = "cosine"
     ema: float = 0.995
     dtype: Literal["fp32", "bf16"] = "bf16"
     rank: int = 32              # of the LoRA
-    scenes: int = 16_000        # pictures with a hole whose latents are made once; their captions vary at every visit
+    scenes: int = 8_000        # pictures with a hole whose latents are made once; their captions vary at every visit
     drop: float = 0.1           # share of captions left empty
 
     def task(self):
