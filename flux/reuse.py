@@ -1,5 +1,5 @@
 """Steps that reuse the blocks of an earlier step: first-block caching, after TeaCache (arXiv 2411.19108) as ParaAttention
-and diffusers (`FirstBlockCacheConfig`) simplify it. An approximation, measured by `python train.py demo reuse`.
+and diffusers (`FirstBlockCacheConfig`) simplify it. An approximation, measured by `python train.py demo judge-reuse`.
 
 Consecutive steps of a sampler ask the network nearly the same. The first double block is a cheap look at how nearly: when
 what it adds to the image tokens has hardly changed since the last full step, what all other blocks add is taken from there.

@@ -186,7 +186,7 @@ def test_the_flag(tmp_path):
 def test_the_measured_table(capsys):
     from flux.recipes import demo
 
-    demo.TRAIN["reuse"](count=1, batch=2, steps=2, thresholds=(0.0, 9.0), fewer=(1,)).run()
+    demo.TRAIN["judge-reuse"](count=1, batch=2, steps=2, thresholds=(0.0, 9.0), fewer=(1,)).run()
     head, _, *rows = capsys.readouterr().out.splitlines()
     assert head.startswith("| 2 captions, 1 threads | full steps |") or "2 captions" in head
     cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
@@ -194,4 +194,4 @@ def test_the_measured_table(capsys):
                                           ["`--steps 1`", "50%"]]
     assert cells[0][3] == cells[1][3] == "0.000" < cells[2][3]
     with pytest.raises(UserError, match="expected 1 or more"):
-        demo.TRAIN["reuse"](count=0)
+        demo.TRAIN["judge-reuse"](count=0)

@@ -21,7 +21,7 @@ from flux.reuse import Reusing
 
 
 @dataclass(frozen=True)
-class MeasureReuse:
+class JudgeReuse:
     """Time, error and the referee's verdict of --reuse at rising thresholds, and of fewer steps; nothing is written."""
 
     thresholds: tuple[float, ...] = ()  # of --reuse; default 0, 0.05, 0.1, 0.2, 0.3, 0.5

@@ -81,7 +81,7 @@ class TextToImage(Conditioned):
             autoencoder = weights.load_autoencoder(found, model.autoencoder, dtype, place).eval()
             autoencoder = strips.InStrips(autoencoder) if self.strips else autoencoder
             fixed = inputs.encode(given, autoencoder, model, seen)
-            transformer = weights.load_flux(found, model.flux, dtype, place).eval()
+            transformer = adapters.load_flux(found, model, dtype, place).eval()
             if self.store != "plain":
                 storage.store(transformer, storage.DTYPES[self.store])
             adapters.attach(loras, "flux", transformer)
