@@ -51,6 +51,7 @@ class BenchPlans:
     plan: tuple[Literal["fp32", "fp32-streamed", "fp32-int8", "fp32-fp8",
                         "bf16", "bf16-streamed", "bf16-int8", "bf16-fp8"], ...] = ()  # default: all that this device needs
     sparse: bool = False  # files without contents: for memory alone, no disk space and no time to write
+    depth: int | None = None  # blocks of each kind that the transformer has (default: the model's own)
     blocks: int | None = None  # of each kind that are computed, all are loaded; each needs the same memory (default: all)
     folder: Path | None = None  # where the files go for a while, 34 GB for dev (default: the system's temporary one)
     device: str = "auto"  # cpu, cuda or cuda:1; auto takes a GPU if there is one
@@ -219,14 +220,15 @@ def text(bench: BenchPlans, model: Preset, found: Mapping, plan: Plan, place: to
     clip, t5 = conditioning.networks(found, model, plan.dtype, place, plan.stream_t5)
     few = 100  # ids that every vocabulary has
     words, pooled = (torch.arange(n, device=place)[None] % few for n in (model.t5_length, conditioning.CLIP_LENGTH))
-    return lambda: (t5(words), clip(pooled))
+    whole = t5.encoder.block
+    t5.encoder.block = whole[:bench.blocks]
+    return lambda: (t5(words), clip(pooled), whole)  # what was loaded stays loaded, computed or not
 
 
 def steps(bench: BenchPlans, model: Preset, found: Mapping, plan: Plan, place: torch.device):
     transformer = plan.transformer(found, model.flux, place)
     whole = transformer.double_blocks, transformer.single_blocks
-    if bench.blocks is not None:
-        transformer.double_blocks, transformer.single_blocks = (blocks[:bench.blocks] for blocks in whole)
+    transformer.double_blocks, transformer.single_blocks = (blocks[:bench.blocks] for blocks in whole)
     made = torch.Generator().manual_seed(0)
 
     def drawn(*shape):
@@ -239,7 +241,7 @@ def steps(bench: BenchPlans, model: Preset, found: Mapping, plan: Plan, place: t
 
     def step():
         v = velocity(img, t)
-        assert torch.isfinite(v).all() and len(whole) == 2  # what was loaded and does not compute stays loaded
+        assert torch.isfinite(v).all() and whole  # what was loaded stays loaded, computed or not
     return step
 
 
@@ -268,6 +270,8 @@ def main(argv: list[str]) -> None:
         if getattr(bench, name) < 16 or getattr(bench, name) % 16:
             raise UserError(f"--{name} {getattr(bench, name)}: expected a positive multiple of 16 pixels; take 512")
     model = preset(bench.model)
+    if bench.depth is not None:
+        model = replace(model, flux=replace(model.flux, depth=bench.depth, depth_single_blocks=bench.depth))
     place, _ = device.choose(bench.device)
     folder = Path(tempfile.mkdtemp(prefix="minflux-bench-", dir=bench.folder))
     try:
@@ -278,7 +282,8 @@ def main(argv: list[str]) -> None:
               f"model    {model.name} with {'empty' if bench.sparse else 'random'} weights of "
               f"{sum(place.size for place in found.values()) / 1e9:.1f} GB, {bench.width}x{bench.height} pixels, batch "
               f"{bench.batch}; written in {time.perf_counter() - started:.0f} s\n"
-              f"blocks   {'all' if bench.blocks is None else f'{bench.blocks} of each kind, all are loaded'}\n", flush=True)
+              f"blocks   {model.flux.depth} double and {model.flux.depth_single_blocks} single ones, of which are computed "
+              f"{'all' if bench.blocks is None else f'{bench.blocks} of each kind'}\n", flush=True)
         print(COLUMNS.format("stage", "plan", "expected GB", "measured GB", "ratio", "estimated s", "measured s"))
         for row in rows(bench, model, found):
             print(line(row, bench), flush=True)
@@ -292,7 +297,7 @@ def line(row: Row, bench: BenchPlans) -> str:
 
     ratio = row.expected / row.measured if row.measured else None
     told = "does not fit" if row.measured is None else f"{row.measured / 1e9:.3f}"
-    part = bench.blocks is not None and row.stage == "steps"  # then its time says nothing
+    part = bench.blocks is not None and row.stage != "pictures"  # then its time says nothing
     return COLUMNS.format(row.stage, str(row.plan), f"{row.expected / 1e9:.3f}", told, shown(ratio, ".2f"),
                           shown(row.estimated, ".3g"), shown(None if part else row.seconds, ".3g"))
 
