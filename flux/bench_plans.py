@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from flux import checkpoint, cli, conditioning, device, weights
 from flux import plan as planning
 from flux.autoencoder import AutoEncoder
-from flux.bench import M_MMAP_THRESHOLD, _status, processor, wait
+from flux.bench import M_MMAP_THRESHOLD, processor, status, wait
 from flux.clip import ClipText
 from flux.config import Preset, preset
 from flux.errors import UserError
@@ -51,7 +51,7 @@ class BenchPlans:
     plan: tuple[Literal["fp32", "fp32-streamed", "fp32-int8", "fp32-fp8",
                         "bf16", "bf16-streamed", "bf16-int8", "bf16-fp8"], ...] = ()  # default: all that this device needs
     sparse: bool = False  # files without contents: for memory alone, no disk space and no time to write
-    depth: int | None = None  # blocks of each kind that the transformer has (default: the model's own)
+    depth: int | None = None  # blocks of each kind that transformer and T5 have (default: the model's own)
     blocks: int | None = None  # of each kind that are computed, all are loaded; each needs the same memory (default: all)
     folder: Path | None = None  # where the files go for a while, 34 GB for dev (default: the system's temporary one)
     device: str = "auto"  # cpu, cuda or cuda:1; auto takes a GPU if there is one
@@ -198,14 +198,14 @@ class Peak:
             torch.cuda.reset_peak_memory_stats(self.place)
             self.before = torch.cuda.memory_allocated(self.place)
         elif os.path.exists("/proc/self/status"):
-            self.before, self.most = _status("RssAnon"), 0
+            self.before, self.most = status("RssAnon"), 0
             self.looking = threading.Thread(target=self.look)
             self.looking.start()
         return self
 
     def look(self) -> None:
         while not self.over.wait(EVERY):
-            self.most = max(self.most, _status("RssAnon"))
+            self.most = max(self.most, status("RssAnon"))
 
     def __exit__(self, *_) -> None:
         self.over.set()
@@ -213,7 +213,7 @@ class Peak:
             self.bytes = torch.cuda.max_memory_allocated(self.place) - self.before
         elif hasattr(self, "looking"):
             self.looking.join()
-            self.bytes = max(self.most, _status("RssAnon")) - self.before
+            self.bytes = max(self.most, status("RssAnon")) - self.before
 
 
 def text(bench: BenchPlans, model: Preset, found: Mapping, plan: Plan, place: torch.device):
@@ -271,7 +271,8 @@ def main(argv: list[str]) -> None:
             raise UserError(f"--{name} {getattr(bench, name)}: expected a positive multiple of 16 pixels; take 512")
     model = preset(bench.model)
     if bench.depth is not None:
-        model = replace(model, flux=replace(model.flux, depth=bench.depth, depth_single_blocks=bench.depth))
+        model = replace(model, flux=replace(model.flux, depth=bench.depth, depth_single_blocks=bench.depth),
+                        t5=replace(model.t5, num_layers=bench.depth))
     place, _ = device.choose(bench.device)
     folder = Path(tempfile.mkdtemp(prefix="minflux-bench-", dir=bench.folder))
     try:
@@ -282,8 +283,8 @@ def main(argv: list[str]) -> None:
               f"model    {model.name} with {'empty' if bench.sparse else 'random'} weights of "
               f"{sum(place.size for place in found.values()) / 1e9:.1f} GB, {bench.width}x{bench.height} pixels, batch "
               f"{bench.batch}; written in {time.perf_counter() - started:.0f} s\n"
-              f"blocks   {model.flux.depth} double and {model.flux.depth_single_blocks} single ones, of which are computed "
-              f"{'all' if bench.blocks is None else f'{bench.blocks} of each kind'}\n", flush=True)
+              f"blocks   {model.flux.depth} double, {model.flux.depth_single_blocks} single, {model.t5.num_layers} of T5; "
+              f"computed: {'all' if bench.blocks is None else f'{bench.blocks} of each kind'}\n", flush=True)
         print(COLUMNS.format("stage", "plan", "expected GB", "measured GB", "ratio", "estimated s", "measured s"))
         for row in rows(bench, model, found):
             print(line(row, bench), flush=True)
