@@ -59,7 +59,7 @@ class BenchPlans:
 
 @dataclass(frozen=True)
 class Row:
-    """Bytes and seconds; seconds are of the one run, with all reading of the file that it needed."""
+    """Bytes and seconds, of one run with all reading of the file that it needed; CPU time tells of a busy machine."""
 
     stage: str
     plan: Plan
@@ -67,6 +67,7 @@ class Row:
     measured: int | None = None  # None where the system does not tell
     estimated: float | None = None
     seconds: float | None = None
+    cpu_seconds: float | None = None
 
 
 # Random weights.
@@ -152,8 +153,7 @@ def in_fresh_process(bench: BenchPlans, model: Preset, found: Mapping[str, weigh
     if free is not None and device.choose(bench.device)[0].type == "cpu" and row.expected > 0.9 * free:
         return row
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        measured, seconds = pool.submit(run, bench, model, found, row).result()
-    return replace(row, measured=measured, seconds=seconds)
+        return pool.submit(run, bench, model, found, row).result()
 
 
 def available() -> int | None:
@@ -164,7 +164,7 @@ def available() -> int | None:
     return next(1024 * int(line.split()[1]) for line in info.read_text().splitlines() if line.startswith("MemAvailable"))
 
 
-def run(bench: BenchPlans, model: Preset, found: Mapping[str, weights.Found], row: Row) -> tuple[int | None, float]:
+def run(bench: BenchPlans, model: Preset, found: Mapping[str, weights.Found], row: Row) -> Row:
     """Peak bytes of loading and running a stage, seconds of running it."""
     place, _ = device.choose(bench.device)
     if platform.libc_ver()[0] == "glibc":  # memory that is freed goes back to the system, as on a GPU it goes back to torch
@@ -173,11 +173,11 @@ def run(bench: BenchPlans, model: Preset, found: Mapping[str, weights.Found], ro
         warm_up(row.plan.dtype, place)
         with Peak(place) as peak:
             work = STAGES[row.stage](bench, model, found, row.plan, place)
-            start = time.perf_counter()
+            start, spent = time.perf_counter(), time.process_time()
             work()
             wait(place)
-            seconds = time.perf_counter() - start
-    return peak.bytes, seconds
+            seconds, spent = time.perf_counter() - start, time.process_time() - spent
+    return replace(row, measured=peak.bytes, seconds=seconds, cpu_seconds=spent)
 
 
 def warm_up(dtype: torch.dtype, place: torch.device) -> None:
@@ -257,7 +257,7 @@ STAGES = {"text": text, "steps": steps, "pictures": pictures}
 
 # The command.
 
-COLUMNS = "{:<10}{:<40}{:>14}{:>14}{:>8}{:>14}{:>12}"
+COLUMNS = "{:<10}{:<40}{:>14}{:>14}{:>8}{:>14}{:>12}{:>9}"
 
 
 def main(argv: list[str]) -> None:
@@ -285,7 +285,7 @@ def main(argv: list[str]) -> None:
               f"{bench.batch}; written in {time.perf_counter() - started:.0f} s\n"
               f"blocks   {model.flux.depth} double, {model.flux.depth_single_blocks} single, {model.t5.num_layers} of T5; "
               f"computed: {'all' if bench.blocks is None else f'{bench.blocks} of each kind'}\n", flush=True)
-        print(COLUMNS.format("stage", "plan", "expected GB", "measured GB", "ratio", "estimated s", "measured s"))
+        print(COLUMNS.format("stage", "plan", "expected GB", "measured GB", "ratio", "estimated s", "measured s", "CPU s"))
         for row in rows(bench, model, found):
             print(line(row, bench), flush=True)
     finally:
@@ -300,7 +300,8 @@ def line(row: Row, bench: BenchPlans) -> str:
     told = "does not fit" if row.measured is None else f"{row.measured / 1e9:.3f}"
     part = bench.blocks is not None and row.stage != "pictures"  # then its time says nothing
     return COLUMNS.format(row.stage, str(row.plan), f"{row.expected / 1e9:.3f}", told, shown(ratio, ".2f"),
-                          shown(row.estimated, ".3g"), shown(None if part else row.seconds, ".3g"))
+                          shown(row.estimated, ".3g"), *(shown(None if part else s, ".3g") for s in
+                                                         (row.seconds, row.cpu_seconds)))
 
 
 SAMPLE = BenchPlans

@@ -33,7 +33,7 @@ class Sampling:
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of weights and arithmetic; auto is bf16 on GPU, else fp32
     store: Literal["plain", "fp8", "int8"] = "plain"  # how the transformer's weights lie in memory: in 8 bits they take half
     strips: bool = False  # encode and decode pictures strip by strip: the same pictures in less memory
-    vram: float | None = None  # GB (1e9 bytes) of device memory; chooses what --dtype, --store and --strips leave open
+    vram: float | None = None  # GB of memory: chooses what --dtype, --store and --strips leave open (default: all there is)
     metadata: bool = True  # write into each picture how it was made, for --from
 
     def __post_init__(self):
