@@ -29,8 +29,9 @@ from flux.bench import M_MMAP_THRESHOLD, processor, status, wait
 from flux.clip import ClipText
 from flux.config import Preset, preset
 from flux.errors import UserError
+from flux.memory import Sizes
 from flux.model import Flux
-from flux.plan import Plan, Sizes
+from flux.plan import Plan
 from flux.t5 import T5Encoder
 
 POOL = 2**22 + 9  # random numbers that are drawn; tensors repeat them
@@ -135,7 +136,7 @@ def rows(bench: BenchPlans, model: Preset, found: Mapping[str, weights.Found]) -
                 known = stage, plan.dtype, stage == "steps" and plan.way, plan.strips, plan.stream_t5
                 if known not in seen:
                     seen.add(known)
-                    row = Row(stage, plan, expected(stage, planning.parts(plan, model, layouts, sizes, place)))
+                    row = Row(stage, plan, expected(stage, plan.counted(model, layouts, sizes, place).parts))
                     if stage == "steps":
                         row = replace(row, estimated=planning.estimate(plan, model, sizes, layouts["flux"], place))
                     yield in_fresh_process(bench, model, found, row)

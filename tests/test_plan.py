@@ -13,12 +13,16 @@ from PIL import Image
 from torch import nn
 
 import sample
-from flux import bench_plans, checkpoint, footprint, plan, storage, weights
+from flux import bench_plans, checkpoint, footprint, memory, plan, storage, weights
 from flux.adapters import Given
+from flux.autoencoder import AutoEncoder
 from flux.bench_plans import BenchPlans
+from flux.clip import ClipText
 from flux.config import DEMO, DEV, FluxConfig
 from flux.errors import UserError
+from flux.memory import Sizes
 from flux.model import Flux
+from flux.t5 import T5Encoder
 from lora.adapter import Adapter, Dora, LowRank
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda", 0)
@@ -30,8 +34,8 @@ WAYS = ("plain", "int8", "fp8", "streamed")
 def layouts(model, dtype=torch.bfloat16) -> dict:
     """Of files as released, without their contents."""
     found = {}
-    for part, (build, config) in {"flux": (Flux, model.flux), "ae": (plan.AutoEncoder, model.autoencoder),
-                                  "clip": (plan.ClipText, model.clip), "t5": (plan.T5Encoder, model.t5)}.items():
+    for part, (build, config) in {"flux": (Flux, model.flux), "ae": (AutoEncoder, model.autoencoder),
+                                  "clip": (ClipText, model.clip), "t5": (T5Encoder, model.t5)}.items():
         with torch.device("meta"):
             network = build(config)
         kind = dtype if part == "flux" else bench_plans.RELEASED[part]
@@ -42,10 +46,6 @@ def layouts(model, dtype=torch.bfloat16) -> dict:
 @pytest.fixture(scope="module")
 def dev() -> dict:
     return layouts(DEV)
-
-
-def measured(one: plan.Plan, model, held, sizes, place) -> plan.Plan:
-    return replace(one, parts=plan.parts(one, model, held, sizes, place))
 
 
 # Counting.
@@ -72,24 +72,24 @@ def test_a_linear_layer_in_8_bits_is_counted_with_its_wide_weight():
 
 def test_full_size_weights_by_hand(dev):
     """flux.md section 1: 11,901,408,320 numbers in all, 339,831,296 in a double block, 141,591,808 in a single one."""
-    sizes = plan.Sizes(512, 512)
-    at = {way: plan.parts(plan.Plan(torch.bfloat16, way), DEV, dev, sizes, GPU) for way in WAYS}
+    sizes = Sizes(512, 512)
+    at = {way: plan.Plan(torch.bfloat16, way).counted(DEV, dev, sizes, GPU).parts for way in WAYS}
     assert at["plain"]["transformer"] == 2 * 11_901_408_320
     assert 11_901_408_320 < at["int8"]["transformer"] == at["fp8"]["transformer"] < 1.002 * 11_901_408_320
     few = 11_901_408_320 - 19 * 339_831_296 - 38 * 141_591_808
     assert 2 * few < at["streamed"]["transformer"] < 2.01 * few
     assert at["streamed"]["step"] > 2 * 2 * 339_800_000
-    on_cpu = plan.parts(plan.Plan(torch.bfloat16), DEV, dev, sizes, CPU)
+    on_cpu = plan.Plan(torch.bfloat16).counted(DEV, dev, sizes, CPU).parts
     assert on_cpu["transformer"] == 0 and on_cpu["autoencoder"] > 0  # bf16 as in its file; float32 in its file
-    assert plan.parts(plan.Plan(torch.float32), DEV, dev, sizes, CPU)["autoencoder"] == 0
+    assert plan.Plan(torch.float32).counted(DEV, dev, sizes, CPU).parts["autoencoder"] == 0
 
 
 def test_the_stage_that_needs_most_is_the_peak(dev):
-    one = measured(plan.Plan(torch.bfloat16, "streamed"), DEV, dev, plan.Sizes(512, 512), GPU)
+    one = plan.Plan(torch.bfloat16, "streamed").counted(DEV, dev, Sizes(512, 512), GPU)
     assert one.peak == max(one.stages.values()) == one.stages["text"] > 9e9  # T5-XXL
-    cut = measured(replace(one, stream_t5=True), DEV, dev, plan.Sizes(512, 512), GPU)
+    cut = replace(one, stream_t5=True).counted(DEV, dev, Sizes(512, 512), GPU)
     assert cut.peak < 3.5e9
-    larger = measured(cut, DEV, dev, plan.Sizes(1024, 1024, 2), GPU)
+    larger = cut.counted(DEV, dev, Sizes(1024, 1024, 2), GPU)
     assert larger.parts["step"] > cut.parts["step"] and larger.parts["decode"] > 7 * cut.parts["decode"]
 
 
@@ -97,8 +97,8 @@ def test_loras_count_as_they_lie_beside_the_layers():
     low = LowRank(torch.randn(2, 30), torch.randn(90, 2))
     adapter = Adapter({"a": (low,), "b": (Dora(low, torch.rand(90)),)})
     given = [Given("1", Path("a"), 0.5, {"flux": adapter, "t5": adapter}), Given("2", Path("b"), 0.0, {"flux": adapter})]
-    assert plan.factors(given, ("flux",), torch.bfloat16) == 2 * (240 + 240 + 90)
-    assert plan.factors(given, ("clip", "t5"), torch.float32) == 4 * 570
+    assert memory.factors(given, ("flux",), torch.bfloat16) == 2 * (240 + 240 + 90)
+    assert memory.factors(given, ("clip", "t5"), torch.float32) == 4 * 570
 
 
 # Choosing.
@@ -106,7 +106,7 @@ def test_loras_count_as_they_lie_beside_the_layers():
 @pytest.mark.parametrize("place", [CPU, GPU])
 def test_more_memory_is_never_a_worse_plan(dev, place, monkeypatch):
     monkeypatch.setattr(plan.device, "choose", lambda _, dtype: (place, plan.device.DTYPES.get(dtype, torch.bfloat16)))
-    every = [measured(one, DEV, dev, plan.Sizes(512, 512), place) for one in plan.candidates(place)]
+    every = [one.counted(DEV, dev, Sizes(512, 512), place) for one in plan.candidates(place)]
     ranks = []
     for budget in np.geomspace(3, 60, 40):
         try:
@@ -118,7 +118,7 @@ def test_more_memory_is_never_a_worse_plan(dev, place, monkeypatch):
 
 
 def test_a_budget_that_no_plan_meets_says_the_smallest(dev):
-    every = [measured(one, DEV, dev, plan.Sizes(512, 512), CPU) for one in plan.candidates(CPU)]
+    every = [one.counted(DEV, dev, Sizes(512, 512), CPU) for one in plan.candidates(CPU)]
     smallest = min(every, key=lambda one: one.peak)
     with pytest.raises(UserError, match="--vram 0.1 GB.*leave out --store, or make --batch") as caught:
         plan.choose(0.1, every, ["--store"])

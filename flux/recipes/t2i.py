@@ -64,7 +64,7 @@ class TextToImage(Conditioned):
                  if found[part].path.is_file()} | given.files | adapters.files(loras)
 
         words = [*prompts, self.negative or ""] if self.guided else prompts
-        plan = plan_of(self, model, found, place, given, loras, self.batch, len(set(words)))
+        plan = plan_of(self, model, found, place, given, loras, min(self.batch, len(jobs)), len(set(words)))
         dtype = plan.dtype
         with torch.inference_mode():
             encoders = conditioning.TextEncoders(found, model, dtype, place, plan.stream_t5)
