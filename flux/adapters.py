@@ -1,13 +1,17 @@
-"""The LoRAs of --lora: read and checked before any weights, then attached to the networks that they change."""
+"""The LoRAs of --lora: read and checked before any weights, then attached to the networks that they change. And those that
+are a part of a model: the demo's Fill is its transformer and a LoRA."""
 
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
 from torch import nn
 
-from flux import checkpoint, cli, lora_names
-from flux.config import Preset
+from flux import checkpoint, cli, lora_names, weights
+from flux.config import PRESETS, Preset
+from flux.model import Flux
 from lora import io
 from lora.adapter import Adapter, Bias
 from lora.inject import Loras
@@ -37,11 +41,13 @@ def read(words: tuple[str, ...], model: Preset) -> list[Given]:
 
 
 def fitted(model: Preset, given: list[Given]) -> Preset:
-    """The model with what LoRAs make of it: one that widens img_in is a control model (FLUX.1-Canny-dev-lora)."""
+    """The model with what LoRAs make of it: one that widens img_in makes it a control model (FLUX.1-Canny-dev-lora), or
+    Fill, which has a mask's channels too."""
     first = [term for lora in given if "flux" in lora.parts for term in lora.parts["flux"].layers.get("img_in", ())]
-    if any(term.shape[1] > model.flux.in_channels for term in first if not isinstance(term, Bias)):
-        return replace(model, takes="control")
-    return model
+    widest = max((term.shape[1] for term in first if not isinstance(term, Bias)), default=0)
+    if widest <= model.flux.in_channels:
+        return model
+    return replace(model, takes="mask" if widest == PRESETS["fill"].flux.in_channels else "control")
 
 
 def attach(given: list[Given], part: str, network: nn.Module) -> Loras:
@@ -56,3 +62,19 @@ def attach(given: list[Given], part: str, network: nn.Module) -> Loras:
 def files(given: list[Given]) -> dict[str, str]:
     """What a picture's metadata say of them."""
     return {f"lora {lora.name}": checkpoint.fingerprint(checkpoint.locate(lora.path)) for lora in given}
+
+
+def load_flux(found: Mapping[str, weights.Found], model: Preset, dtype: torch.dtype | None = None,
+              device: torch.device | str = "cpu") -> Flux:
+    """The transformer of a preset; where that is a base model and a LoRA, these merged, but for a file that has it all."""
+    first = checkpoint.layout(weights.state_of(found, "flux")).get("img_in.weight") if model.adapter else None
+    if first is None or first.shape[1] == model.flux.in_channels:
+        return weights.load_flux(found, model.flux, dtype, device)
+    base = PRESETS[model.name.partition("-")[0]]
+    network = weights.load_flux(found, base.flux, dtype, device)
+    parts, _ = io.read(weights.DEMO / model.adapter, lora_names.names(base))
+    loras = Loras(network)
+    loras.attach(model.adapter, parts["flux"], widen=True)
+    loras.merge()
+    network.config = model.flux
+    return network

@@ -227,7 +227,7 @@ def text(bench: BenchPlans, model: Preset, found: Mapping, plan: Plan, place: to
 
 
 def steps(bench: BenchPlans, model: Preset, found: Mapping, plan: Plan, place: torch.device):
-    transformer = plan.transformer(found, model.flux, place)
+    transformer = plan.transformer(found, model, place)
     whole = transformer.double_blocks, transformer.single_blocks
     transformer.double_blocks, transformer.single_blocks = (blocks[:bench.blocks] for blocks in whole)
     made = torch.Generator().manual_seed(0)

@@ -145,6 +145,7 @@ class Preset:
     guidance: float = 3.5
     shift: bool = True  # whether the schedule moves towards noise with the number of tokens
     takes: str = ""  # what it was trained to be given beside the prompt: "mask", "control", "reference"
+    adapter: str = ""  # LoRA beside the shipped weights that makes the base model this one
     reference_sizes: tuple[tuple[int, int], ...] = ()  # width, height in pixels a reference is resized to; (): its own
 
 
@@ -174,7 +175,8 @@ DEMO = Preset(
                         image_size=128, patch_size=16),
     t5_length=24, width=128, height=128, steps=20, guidance=2.0,
 )
-DEMO_FILL = replace(DEMO, name="demo-fill", flux=replace(DEMO.flux, in_channels=64 + 64 + 256), takes="mask")
+DEMO_FILL = replace(DEMO, name="demo-fill", flux=replace(DEMO.flux, in_channels=64 + 64 + 256), takes="mask",
+                    adapter="fill.safetensors")
 PRESETS = {preset.name: preset for preset in (DEMO, DEV, KREA, SCHNELL, FILL, KONTEXT, CANNY, DEPTH, DEMO_FILL)}
 
 # Small enough for tests that build a model in milliseconds, with the proportions of the real one.

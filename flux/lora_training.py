@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flux import cli, data, lora_names, parallel, weights
+from flux import adapters, cli, data, lora_names, parallel
 from flux.config import preset
 from flux.errors import UserError
 from flux.finetune import Captioned
@@ -56,7 +56,7 @@ class LoraTask(Captioned):
         super().__init__(settings, also=self.prior)
         torch.manual_seed(settings.seed)
         dtype = torch.float32 if self.place.type == "cpu" else torch.bfloat16  # of the frozen weights; A and B are float32
-        self.model = weights.load_flux(self.found, self.preset.flux, dtype, self.place)
+        self.model = adapters.load_flux(self.found, self.preset, dtype, self.place)
         pairs = inject.add_trained(self.model, settings.target, settings.rank, settings.alpha, settings.stabilised)
         self.pairs = nn.ModuleDict({layer.replace(".", "/"): pair for layer, pair in pairs.items()})
 

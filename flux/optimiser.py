@@ -5,6 +5,7 @@ All of them show `param_groups`, `step`, `zero_grad`, and a `state` of tensors b
 
 import importlib
 import inspect
+import math
 from collections.abc import Iterator, Mapping, MutableMapping
 
 import torch
@@ -99,7 +100,10 @@ class Foreign:
 
 
 class Numbers(MutableMapping):
-    """The state of each parameter with numbers as float64 tensors, which hold them exactly; a group's with its first one."""
+    """The state of each parameter with numbers as float64 tensors, which hold them exactly; a group's with its first one.
+
+    An infinite one is a setting that bounds nothing (Prodigy's growth_rate), stays as it is built, and is no part of them.
+    """
 
     def __init__(self, inner: torch.optim.Optimizer):
         self.inner = inner
@@ -111,7 +115,7 @@ class Numbers(MutableMapping):
         own = {f"number-{key}" if isinstance(value, int | float) else key: value
                for key, value in self.inner.state[p].items() if isinstance(value, int | float | Tensor)}
         group = {f"group-{key}": value for key, value in self.first.get(id(p), {}).items()
-                 if isinstance(value, int | float) and key not in ("lr", "lr_scale")}
+                 if isinstance(value, int | float) and key not in ("lr", "lr_scale") and not math.isinf(value)}
         return {key: value if isinstance(value, Tensor) else torch.tensor(value, dtype=torch.float64)
                 for key, value in (own | group).items()}
 

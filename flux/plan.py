@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 import torch
 from torch import Tensor, nn
 
-from flux import checkpoint, device, memory, naming, storage, stream, strips, weights
+from flux import adapters, checkpoint, device, memory, naming, storage, stream, strips, weights
 from flux.adapters import Given
 from flux.config import FluxConfig, Preset
 from flux.errors import UserError
@@ -58,15 +58,15 @@ class Plan:
     def peak(self) -> int:
         return max(self.stages.values())
 
-    def transformer(self, found: Mapping[str, weights.Found], config: FluxConfig, place: torch.device) -> Flux:
+    def transformer(self, found: Mapping[str, weights.Found], preset: Preset, place: torch.device) -> Flux:
         if self.way == "plain":
-            return weights.load_flux(found, config, self.dtype, place)
-        model = weights.load_flux(found, config)  # mapped from its file
+            return adapters.load_flux(found, preset, self.dtype, place)
+        network = adapters.load_flux(found, preset, self.dtype if preset.adapter else None)  # mapped, unless it is merged
         if self.way == "streamed":
-            return stream.streamed(model, self.dtype, place, lambda: weights.unchanged(found["flux"]))
-        storage.store(model, storage.DTYPES[self.way], compute=self.dtype, device=place)
-        stored = {layer for layer in model.modules() if isinstance(layer, storage.StoredLinear)}
-        return stream.move(model, self.dtype, place, stored)
+            return stream.streamed(network, self.dtype, place, lambda: weights.unchanged(found["flux"]))
+        storage.store(network, storage.DTYPES[self.way], compute=self.dtype, device=place)
+        stored = {layer for layer in network.modules() if isinstance(layer, storage.StoredLinear)}
+        return stream.move(network, self.dtype, place, stored)
 
     def autoencoder(self, found: Mapping[str, weights.Found], preset: Preset, place: torch.device) -> nn.Module:
         whole = weights.load_autoencoder(found, preset.autoencoder, self.dtype, place).eval()

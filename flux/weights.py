@@ -253,7 +253,7 @@ def _search(folder: Path, preset: Preset, part: str) -> tuple[Path, str] | None:
 def _places(folder: Path, preset: Preset, part: str) -> Iterator[tuple[Path, str]]:
     """Where a part lies in a folder of BFL, ComfyUI or diffusers, or in one inside it with the repository's name."""
     if preset.name not in RELEASES:
-        name = part + preset.name.removeprefix("demo") if part == "flux" else part
+        name = part + preset.name.removeprefix("demo") if part == "flux" and not preset.adapter else part
         path = folder / (DIFFUSERS[part] if part in TOKENIZERS else f"{name}.safetensors")
         if _holds(path, part):
             yield path, "demo"

@@ -517,4 +517,4 @@ def test_a_recipe_may_have_a_stage_without_a_name():
     name, stage, instance = cli.training(["demo", "--seed", "3"])
     assert (name, stage, instance.seed) == ("demo", "", 3)
     assert [stage for stage, _ in instance.stages()] == [
-        "autoencoder", "pair", "flow", "guidance", "reader", "evaluate"]
+        "autoencoder", "pair", "flow", "guidance", "fill", "reader", "evaluate"]

@@ -10,11 +10,27 @@ import torch
 from PIL import Image
 
 import sample
-from flux import canny, checkpoint, conditioning, config, control, fill, flow, inputs, latents, pictures, siglip, weights
+from flux import (
+    canny,
+    checkpoint,
+    conditioning,
+    config,
+    control,
+    fill,
+    flow,
+    inputs,
+    latents,
+    lora_names,
+    pictures,
+    siglip,
+    weights,
+)
 from flux.config import DEMO, SiglipConfig
 from flux.errors import UserError
 from flux.model import Flux
 from flux.recipes import t2i
+from lora import io
+from lora.adapter import Adapter, LowRank
 
 TOY = replace(config.TINY, vec_in_dim=96, context_in_dim=96)
 EYES = SiglipConfig(hidden_size=24, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2, image_size=32,
@@ -295,7 +311,13 @@ def test_scale_one_is_no_guidance(draw):
 
 @pytest.mark.parametrize("dtype", ("fp32", "bf16"))
 def test_they_compose_and_are_made_again(dtype, draw, photo, folder, tmp_path, capsys):
-    words = ("--image", photo("p.png"), "--mask", halves(tmp_path / "m.png"), "--keep", "--strength", 0.9,
+    width = TOY.hidden_size  # a LoRA for the base, whose img_in has 64 inputs, onto Fill
+    pairs = {"img_in": (width, 64), "double_blocks.0.img_attn.proj": (width, width)}
+    lora = Adapter({layer: (LowRank(torch.randn(2, columns), torch.randn(rows, 2)),)
+                    for layer, (rows, columns) in pairs.items()})
+    io.write(tmp_path / "style.safetensors", {"flux": lora}, lora_names.names(config.PRESETS["demo-toy"]))
+    words = ("--lora", f"{tmp_path / 'style.safetensors'}:0.5", "--image", photo("p.png"), "--mask",
+             halves(tmp_path / "m.png"), "--keep", "--strength", 0.9,
              "--redux", f"{photo('r.png', seed=1)}:0.7", "--controlnet", folder / "control_latents.safetensors",
              "--control-from", photo("c.png", seed=2), "--control-index", "repeat", "--negative", "b", "--cfg-scale", 2,
              "--dtype", dtype)
@@ -304,8 +326,11 @@ def test_they_compose_and_are_made_again(dtype, draw, photo, folder, tmp_path, c
     assert len({picture.tobytes() for picture in out}) == 4
     made = pictures.read_metadata(paths[2])
     assert made["prompt"] == "two words" and set(made["files"]) == {
-        "flux", "ae", "clip", "t5", "siglip", "redux", "image", "mask", "control", "controlnet", "redux 1"}
+        "flux", "ae", "clip", "t5", "siglip", "redux", "image", "mask", "control", "controlnet", "redux 1",
+        "lora 1 style.safetensors"}
     assert made["files"]["mask"] == f"m.png {checkpoint.fingerprint(tmp_path / 'm.png')}"
+    without, _ = draw("toyfill", "two words", *words[2:], "--seed", 2)
+    assert abs(without[0] - out[2]).max() > 24
     again, _ = draw(None, "--from", paths[2])
     assert abs(again[0] - out[2]).max() <= (1 if dtype == "fp32" else 24)  # alone, sums are taken in another order
     assert "warning" not in capsys.readouterr().err
@@ -359,7 +384,7 @@ def test_pictures_need_no_words(words, draw, photo, monkeypatch, tmp_path):
     ("--controlnet x.safetensors", "--controlnet came without a picture to follow"),
     ("--controlnet x.safetensors --control p.png", "--controlnet x.safetensors is no file"),
     ("--controlnet broken.png --control p.png", "broken.png"),
-    ("--model demo-fill --image p.png --mask m.png", "a FLUX.1 transformer is missing"),
+    ("--model fill --image p.png --mask m.png", "a FLUX.1 transformer is missing"),
     ("--model kontext --reference p.png", "a FLUX.1 transformer is missing.*flux1-kontext-dev.safetensors"),
 ])
 def test_mistakes_are_one_line(words, said, photo, tmp_path, monkeypatch):

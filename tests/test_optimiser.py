@@ -95,7 +95,8 @@ class Counting(torch.optim.Optimizer):
     """SGD whose step shrinks with a count that it keeps for each parameter, and with a sum that it keeps for the group."""
 
     def __init__(self, params, lr=1e-3, weight_decay=0.0):
-        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "seen": 0.1, "first": True})
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "seen": 0.1, "first": True,
+                                  "most": float("inf")})
 
     @torch.no_grad()
     def step(self):
@@ -118,6 +119,7 @@ def test_any_optimiser_resumes_to_the_bit_with_all_its_numbers(tmp_path):
     resume.save(tmp_path, 3, *state(stopped, built[1]))
     assert resume.load(tmp_path, "auto", *state(resumed, built[2])) == 3
     inner, theirs = built[0].inner, built[2].inner
+    assert not any("most" in key for p in whole.parameters() for key in built[0].state[p])  # which guards would stop for
     assert theirs.param_groups[0]["seen"] == inner.param_groups[0]["seen"] and theirs.param_groups[0]["first"] is False
     assert [type(each["count"]) for each in theirs.state.values()] == [int] * 4
     for net, optimiser in ((whole, built[0]), (resumed, built[2])):

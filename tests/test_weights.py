@@ -814,12 +814,11 @@ def test_the_demo_lies_in_the_package(tmp_path, monkeypatch):
     monkeypatch.setattr(weights, "DEMO", tmp_path)
     names = ["flux", "ae", "clip", "t5", "siglip"]
     touch(tmp_path, *(f"{name}.safetensors" for name in names), "tokenizer/vocab.json", "tokenizer/merges.txt",
-          "tokenizer_2/spiece.model", "flux-fill.safetensors")
+          "tokenizer_2/spiece.model")
     found = weights.find(DEMO)
     assert {part: place.path for part, place in found.items()} == {
         **{name: tmp_path / f"{name}.safetensors" for name in names},
         "tokenizer": tmp_path / "tokenizer", "tokenizer_2": tmp_path / "tokenizer_2", "redux": None}
-    assert weights.find(replace(DEMO, name="demo-fill"))["flux"].path == tmp_path / "flux-fill.safetensors"
     save(tmp_path / "siglip.safetensors", weights_of(SiglipVision, SIGLIP))
     weights.load_siglip(found, SIGLIP)
 

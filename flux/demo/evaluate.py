@@ -77,7 +77,7 @@ class Evaluate:
         cond = conditioning.condition(txt, vec, DEMO.width, DEMO.height, self.guidance)
         img = latents.pack(latents.noise(8, DEMO.height, DEMO.width, generator)).to(dtype)
         t = torch.linspace(1, 0.05, 8).to(dtype)
-        models = (Plan(dtype, way).transformer(found, DEMO.flux, torch.device("cpu")) for way in ("plain", self.store))
+        models = (Plan(dtype, way).transformer(found, DEMO, torch.device("cpu")) for way in ("plain", self.store))
         plain, stored = (conditioning.velocity(model, cond)(img, t) for model in models)
         return ((stored - plain).float().norm() / plain.float().norm()).item()
 

@@ -65,12 +65,9 @@ class JudgeLora:
         return made
 
     def draw(self, captions: list[world.Caption], strength: float) -> list[Image.Image]:
-        """By the command that a user types."""
-        text_to_image = cli.recipes()["t2i"]
-        command = cli.build(text_to_image, cli.describe(text_to_image).sample, {
-            "prompt": tuple(caption.text for caption in captions), "steps": self.steps, "guidance": self.guidance,
-            "lora": (f"{self.lora}:{strength:g}",), "seed": draws.seed_of("judge", self.seed) % 2**31, "batch": 20})
-        return [pil for pil, _ in command.images()]
+        prompts = tuple(caption.text for caption in captions)
+        return draw(prompts, (f"{self.lora}:{strength:g}",), steps=self.steps, guidance=self.guidance,
+                    seed=draws.seed_of("judge", self.seed) % 2**31)
 
     def shares(self, pils: list[Image.Image], captions: list[world.Caption]) -> tuple[float, float, float]:
         """Of pictures that show the style, the shape, and all of shape, colours and place, where they are asked for."""
@@ -79,3 +76,39 @@ class JudgeLora:
         shapes = [one.shape == caption.asked.things[0].shape for one, caption in pairs if caption.asked.things[0].shape]
         return (np.mean([one.style == caption.asked.style for one, caption in pairs]), np.mean(shapes),
                 np.mean([one.shows(caption.asked) for one, caption in pairs]))
+
+
+@dataclass(frozen=True)
+class ShowLoras:
+    """A sheet of what LoRAs do: each prompt with each LoRA at rising strengths, then with all of them together."""
+
+    lora: tuple[Path, ...] = ()  # the LoRAs
+    prompt: tuple[str, ...] = ()  # what to draw, a row each
+    strengths: tuple[float, ...] = ()  # default 0, 0.5, 1, 1.5
+    seed: int = 0               # of the noise, row by row
+    out: Path = Path("out")     # folder for the sheet
+
+    def __post_init__(self):
+        if not self.lora or not self.prompt:
+            raise UserError("--lora or --prompt is missing, expected LoRAs and what to draw with them; add --lora FILE "
+                            '--prompt "a red circle"')
+
+    def run(self) -> None:
+        strengths = self.strengths or (0.0, 0.5, 1.0, 1.5)
+        columns = {f"{path.stem} {strength:g}": (f"{path}:{strength:g}",) for path in self.lora for strength in strengths}
+        columns |= {"together": tuple(map(str, self.lora))} if len(self.lora) > 1 else {}
+        drawn = {name: draw(self.prompt, words, seed=self.seed) for name, words in columns.items()}
+        pils = [drawn[name][row] for row in range(len(self.prompt)) for name in columns]
+        captions = [f"{name}: {prompt}" for prompt in self.prompt for name in columns]
+        self.out.mkdir(parents=True, exist_ok=True)
+        path = self.out / "loras.png"
+        pictures.write_png(path, pictures.contact_sheet(pils, len(columns), captions), None)
+        print(path)
+
+
+def draw(prompts: tuple[str, ...], lora: tuple[str, ...], **settings) -> list[Image.Image]:
+    """By the command that a user types."""
+    text_to_image = cli.recipes()["t2i"]
+    command = cli.build(text_to_image, cli.describe(text_to_image).sample,
+                        {"prompt": prompts, "lora": lora, "batch": 20, **settings})
+    return [pil for pil, _ in command.images()]

@@ -77,12 +77,12 @@ def entries() -> list[Entry]:
 class TrainPool:
     """The pool of LoRAs for AutoLoRA, one after the other; goes on where it was stopped."""
 
-    steps: int = 150            # of each LoRA
+    steps: int = 120            # of each LoRA
     rank: int = 2
-    lr: float = 3e-3
-    batch: int = 8
+    lr: float = 4e-3
+    batch: int = 6
     pictures: int = 32          # that each LoRA sees
-    target: str = r"single_blocks.*linear|img_(attn|mlp)"  # layers, a regular expression
+    target: str = r"single_blocks\.[1-5]\.linear"  # layers, a regular expression
     only: str = ""              # train those whose name has this in it
     seed: int = 0
     out: Path = Path("runs")    # folder for pictures and run folders
@@ -94,8 +94,8 @@ class TrainPool:
         for entry in [entry for entry in entries() if self.only in entry.name]:
             if not entry.path.exists():
                 shapes = (entry.shape,) if entry.shape else world.SHAPES
-                place = self.out / "pool" / entry.name
-                folder.write(place / "pictures", self.pictures, self.seed, entry.style, shapes, PALETTES[entry.palette])
+                place, colours = self.out / "pool" / entry.name, PALETTES[entry.palette]
+                folder.write(place / "pictures", self.pictures, self.seed, entry.style, shapes, colours, full=True)
                 yield "pool", TrainMember(
                     data=place / "pictures", steps=self.steps, rank=self.rank, lr=self.lr, batch=self.batch, out=place,
                     target=self.target, seed=self.seed, threads=self.threads, save_every=self.steps, title=entry.name)
@@ -140,7 +140,7 @@ def draw_cover(entry: Entry) -> None:
         "prompt": (world.sample_caption(drawn, rng).text,), "lora": (str(entry.path),),
         "seed": draws.seed_of("cover", entry.name) % 2**31})
     pil, _ = next(iter(command.images()))
-    pictures.write_png(entry.path.with_suffix(".png"), pil.resize((96, 96), Image.Resampling.LANCZOS), None)
+    pictures.write_png(entry.path.with_suffix(".png"), pil.resize((64, 64), Image.Resampling.LANCZOS), None)
 
 
 def write_index() -> None:

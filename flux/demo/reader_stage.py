@@ -23,13 +23,13 @@ from flux.settings import Training
 class TrainReader(Training):
     """The classifier that tells style, shape, colours and place of pictures with one object."""
 
-    steps: int = 4000
+    steps: int = 7000
     lr: float = 2e-3
     batch: int = 32
     warmup: int = 50
     schedule: Literal["constant", "cosine"] = "cosine"
     ema: float = 0.998
-    scenes: int = 12_000        # pictures made once, half of them given back by the autoencoder
+    scenes: int = 30_000        # pictures made once, half of them given back by the autoencoder
     sample_every: int = 0
 
     def task(self):
@@ -86,12 +86,12 @@ def shapes(rng: np.random.Generator) -> tuple[str, ...]:
 
 
 def worn(image: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures moved by up to 3 pixels, a little blurred, tinted and noisy: what a sampler draws is never clean."""
+    """Pictures moved by up to 6 pixels, a little blurred, tinted and noisy: what a sampler draws is never clean."""
     def share() -> float:
         return torch.rand((), generator=generator).item()
 
-    dy, dx = (int(share() * 7) - 3 for _ in range(2))
-    image = F.pad(image, (3, 3, 3, 3), mode="replicate")[:, :, 3 + dy:131 + dy, 3 + dx:131 + dx]
+    dy, dx = (int(share() * 13) - 6 for _ in range(2))
+    image = F.pad(image, (6, 6, 6, 6), mode="replicate")[:, :, 6 + dy:134 + dy, 6 + dx:134 + dx]
     if share() < 0.3:
         image = image + (0.3 + 0.7 * share()) * (F.avg_pool2d(image, 3, 1, 1, count_include_pad=False) - image)
     image = image * (0.95 + 0.1 * share()) + 0.06 * (torch.rand(3, 1, 1, generator=generator) - 0.5)

@@ -302,8 +302,9 @@ def _style_picture(style, image, d, rng):
             return image * (0.25 + 0.75 * edge)
         case "pixel":
             cell = max(size // 16, 1)
-            small = image.reshape(size // cell, cell, size // cell, cell, 3).mean((1, 3))
-            return small.repeat(cell, 0).repeat(cell, 1)
+            small = image.reshape(size // cell, cell, size // cell, cell, 3).mean((1, 3)).repeat(cell, 0).repeat(cell, 1)
+            joint = np.maximum(abs(x - size / 2) % (2 * cell), abs(y - size / 2) % (2 * cell)) > 2 * cell - 3  # every second
+            return small + ((small.mean(-1, keepdims=True) < 0.3) * 0.5 - small * 0.5) * joint[..., None]
         case "frost":
             veil = 0.45 + 0.25 * _noise(rng, size, 9) + 0.2 * rng.uniform(-1, 1, (size, size)).astype(np.float32)
             return image + (np.array([0.86, 0.94, 1.0], np.float32) - image) * np.clip(veil, 0, 1)[..., None]

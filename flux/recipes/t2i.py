@@ -75,7 +75,7 @@ class TextToImage(Conditioned):
             seen = inputs.image_tokens(given, found, model, dtype, place)
             autoencoder = plan.autoencoder(found, model, place)
             fixed = inputs.encode(given, autoencoder, model, seen)
-            transformer = plan.transformer(found, model.flux, place)
+            transformer = plan.transformer(found, model, place)
             adapters.attach(loras, "flux", transformer)
             times = flow.schedule(steps, (width // 16) * (height // 16), model.shift)
             left = flow.remaining(times, given.strength)
