@@ -15,9 +15,9 @@ DEFAULT = "t2i"  # the recipe that is meant when the first word is none: python 
 
 def main(argv: list[str]) -> int | None:
     if argv[:1] == ["bench"]:
-        from flux import bench
+        from flux import bench, bench_plans
 
-        return bench.main(argv[1:])
+        return (bench_plans if "--random" in argv else bench).main(argv[1:])
     found = cli.recipes()
     named = argv[0] if argv and argv[0] in found else None
     words = argv[1:] if named else argv
@@ -61,7 +61,8 @@ def overview(found: dict[str, Path]) -> str:
     """Every recipe that samples with its line, then the flags of the default one."""
     described = {name: cli.describe(path) for name, path in found.items()}
     rows = [(name, recipe.doc) for name, recipe in described.items() if recipe.sample]
-    rows.append(("bench", "Times text encoders, transformer and autoencoder, against diffusers where it is installed."))
+    rows.append(("bench", "Times text encoders, transformer and autoencoder, against diffusers where it is installed; "
+                          "with --random --model NAME, memory and time of each plan at full size."))
     usage = "usage: python sample.py [recipe] [arguments]"
     text = f"{usage}\n\nRecipes, {DEFAULT} when none is named:\n\n{cli.columns(rows)}"
     return f"{text}\n\n{help_of(DEFAULT, found)}" if DEFAULT in found else text

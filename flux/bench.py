@@ -352,12 +352,12 @@ def peak(bench: Bench, part: str, who: str, place: torch.device, dtype: torch.dt
     if not counted:
         return None
     Path("/proc/self/clear_refs").write_text("5")  # the high-water mark starts anew
-    before = _status("VmRSS")
+    before = status("VmRSS")
     work()
-    return _status("VmHWM") - before
+    return status("VmHWM") - before
 
 
-def _status(name: str) -> int:
+def status(name: str) -> int:
     """Bytes, of this process (Linux)."""
     return 1024 * int(re.search(rf"^{name}:\s*(\d+) kB", Path("/proc/self/status").read_text(), re.MULTILINE)[1])
 

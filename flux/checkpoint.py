@@ -358,22 +358,15 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] 
     OSError (ENOSPC) that says how many bytes were needed. Of split tensors every process must call this; one writes.
     """
     path, shapes = Path(path), layout(tensors)
-    names = sorted(shapes, key=lambda name: (-shapes[name].dtype.itemsize, name))  # keeps every tensor aligned
+    names, head, end = described(shapes, metadata)
     if not parallel.join().leads and any(map(parallel.is_split, tensors.values())):
         for name in names:
             parallel.whole(tensors[name])
         return
-    header, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
-    for name in names:
-        start, end = end, end + shapes[name].nbytes
-        header[name] = {"dtype": DTYPE_NAMES[shapes[name].dtype], "shape": list(shapes[name].shape),
-                        "data_offsets": [start, end]}
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)
     part = path.with_name(f".{path.name}.{os.getpid()}-{threading.get_ident()}.part")
     try:
         with open(part, "wb") as file:
-            file.write(len(text).to_bytes(8, "little") + text)
+            file.write(head)
             for name in names:
                 data = parallel.whole(tensors[name].detach()).cpu().contiguous()
                 assert (data.shape, data.dtype) == (shapes[name].shape, shapes[name].dtype), name
@@ -387,11 +380,24 @@ def save(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] 
             raise refuse(path, f"cannot be written ({error.strerror})", "a folder that takes it",
                          "check its name and permissions") from error
         part.unlink(missing_ok=True)
-        needed, free = 8 + len(text) + end, shutil.disk_usage(path.parent).free
+        needed, free = len(head) + end, shutil.disk_usage(path.parent).free
         raise OSError(errno.ENOSPC, f"no room: {needed} bytes needed, {free} free", str(path)) from error
     finally:
         with suppress(OSError):
             part.unlink()
+
+
+def described(shapes: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> tuple[list[str], bytes, int]:
+    """The order of tensors in a file, all that stands before the first one, and the bytes of them all."""
+    names = sorted(shapes, key=lambda name: (-shapes[name].dtype.itemsize, name))  # keeps every tensor aligned
+    header, end = {"__metadata__": {"format": "pt", **(metadata or {})}}, 0
+    for name in names:
+        start, end = end, end + shapes[name].nbytes
+        header[name] = {"dtype": DTYPE_NAMES[shapes[name].dtype], "shape": list(shapes[name].shape),
+                        "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    return names, len(text).to_bytes(8, "little") + text, end
 
 
 def sync_folder(folder: Path) -> None:

@@ -18,8 +18,11 @@ from flux.errors import UserError
 from flux.model import Flux
 
 
-def check(place: torch.device, cuda_graphs: bool = False) -> None:
+def check(place: torch.device, cuda_graphs: bool = False, streamed: bool = False) -> None:
     """UserError where compiling would fail in the first step, after all has been loaded."""
+    if streamed:
+        raise UserError("--compile came with a --vram for which weights are streamed, expected them to stay in memory; give "
+                        "it more, or leave --compile out")
     if cuda_graphs and place.type != "cuda":
         raise UserError(f"--cuda-graphs came with the device {place.type}, expected cuda; leave it out")
     if place.type == "cuda":

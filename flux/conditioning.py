@@ -14,12 +14,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from flux import latents, weights
+from flux import latents, stream, weights
+from flux.clip import ClipText
 from flux.config import Preset
 from flux.control import ControlNet, spread
 from flux.flow import Velocity
 from flux.model import Flux
 from flux.reuse import Reusing
+from flux.t5 import T5Encoder
 from flux.tokenizers import ClipTokenizer, T5Tokenizer
 
 CLIP_LENGTH = 77  # tokens, of every CLIP text tower
@@ -47,12 +49,12 @@ class Condition:
 class TextEncoders:
     """CLIP and T5 with their tokenizers: prompts -> (txt, vec). Built, used once and dropped: T5-XXL is 9.5 GB."""
 
-    def __init__(self, found: Mapping[str, weights.Found], preset: Preset, dtype: torch.dtype, device: torch.device):
+    def __init__(self, found: Mapping[str, weights.Found], preset: Preset, dtype: torch.dtype, device: torch.device,
+                 stream_t5: bool = False):
         self.length = preset.t5_length
         self.clip_tokenizer = ClipTokenizer(found["tokenizer"].path)
         self.t5_tokenizer = T5Tokenizer(found["tokenizer_2"].path)
-        self.clip = weights.load_clip(found, preset.clip, dtype, device).eval()
-        self.t5 = weights.load_t5(found, preset.t5, dtype, device).eval()
+        self.clip, self.t5 = networks(found, preset, dtype, device, stream_t5)
 
     @torch.inference_mode()
     def __call__(self, prompts: list[str]) -> tuple[Tensor, Tensor]:
@@ -73,6 +75,16 @@ class TextEncoders:
                 cuts.append(f"{name} reads {length} of its {needed} tokens and drops {dropped!r}")
         if cuts:
             print(f"warning: the prompt is long: {'; '.join(cuts)}", file=sys.stderr)
+
+
+def networks(found: Mapping[str, weights.Found], preset: Preset, dtype: torch.dtype, device: torch.device,
+             stream_t5: bool = False) -> tuple[ClipText, T5Encoder]:
+    """The two encoders, T5 whole or block by block."""
+    clip = weights.load_clip(found, preset.clip, dtype, device)
+    if not stream_t5:
+        return clip, weights.load_t5(found, preset.t5, dtype, device)
+    t5 = weights.load_t5(found, preset.t5)  # mapped from its file
+    return clip, stream.streamed(t5, dtype, device, lambda: weights.unchanged(found["t5"]))
 
 
 def condition(txt: Tensor, vec: Tensor, width: int, height: int, guidance: float) -> Condition:

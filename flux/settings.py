@@ -40,6 +40,7 @@ class Sampling:
     compile: bool = False  # torch.compile of the transformer's blocks: a minute before the first step, then faster ones
     cuda_graphs: bool = False  # with --compile on a GPU: launch all kernels of a block at once
     strips: bool = False  # encode and decode pictures strip by strip: the same pictures in less memory
+    vram: float | None = None  # GB of memory: chooses what --dtype, --store and --strips leave open (default: all there is)
     metadata: bool = True  # write into each picture how it was made, for --from
 
     def __post_init__(self):
@@ -49,7 +50,7 @@ class Sampling:
                 nearest = max(16, round(pixels / 16) * 16)
                 raise UserError(f"--{name} {pixels}: expected a positive multiple of 16 pixels; nearest is {nearest}")
         _at_least(1, self, "steps", "num")
-        _at_least(0, self, "guidance", "seed", "reuse")
+        _at_least(0, self, "guidance", "seed", "reuse", "vram")
         if self.shift is not None and not self.shift > 0:
             raise UserError(f"--shift {self.shift}: expected a factor above 0, such as 3; 1 shifts nothing")
         if self.cuda_graphs and not self.compile:

@@ -170,6 +170,13 @@ def state_of(found: Mapping[str, Found], part: str) -> Mapping[str, Tensor]:
     return naming.select(read(found[part].path), part, found[part].path)
 
 
+def unchanged(place: Found) -> None:
+    """UserError if a mapped part has lost bytes since it was found; touching them would end the process without a word."""
+    if (size := _size(place.path, place.part)) != place.size:
+        raise refuse(place.path, f"has {size} bytes and had {place.size} at the start", "a file that stays as it is",
+                     "run the command again when it is whole")
+
+
 def load_flux(found: Mapping[str, Found], config: FluxConfig, dtype: torch.dtype | None = None,
               device: torch.device | str = "cpu") -> Flux:
     return load(lambda: Flux(config), state_of(found, "flux"), dtype, device, found["flux"].path)

@@ -84,7 +84,7 @@ def plan(base: nn.Module, loras: list[tuple[tuple[Term, ...], float]]) -> Plan:
     """Fold (terms, strength) of several LoRAs for one layer. A strength of 0 leaves nothing behind, bit for bit."""
     loras = [(terms, strength) for terms, strength in loras if strength]
     weight = base.weight
-    device, dtype = weight.device, getattr(base, "compute_dtype", weight.dtype)
+    device, dtype = getattr(base, "compute_device", weight.device), getattr(base, "compute_dtype", weight.dtype)
     out, pairs, made = Plan(), {}, {}
 
     def add(total: Tensor | None, part: Tensor, start: int) -> Tensor:

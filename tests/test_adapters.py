@@ -145,6 +145,13 @@ def test_less_memory_nearly_the_same_picture_with_loras_too(words):
         assert off.max() <= 1 if "--strips" in words else 0 < off.mean() < 3
 
 
+def test_loras_on_a_streamed_transformer_give_the_same_picture(capsys):
+    lora("a.safetensors", {"single_blocks.0.linear2": (192, 960), "img_in": (192, 64)})
+    plain = draw("a red circle", "--lora", "a.safetensors:0.5")
+    assert np.array_equal(draw("a red circle", "--lora", "a.safetensors:0.5", "--vram", "0.02"), plain)
+    assert "plan: fp32, streamed;" in capsys.readouterr().out
+
+
 def test_the_pool_trains_what_is_missing_and_says_what_it_has(monkeypatch):
     monkeypatch.setattr(pool, "POOL", Path("pool").absolute())
     words = ["demo", "pool", "--only", "candy-checks-house", "--steps", "2", "--batch", "2", "--pictures", "3"]

@@ -28,14 +28,13 @@ from flux import (
     parallel,
     pictures,
     reuse,
-    storage,
-    strips,
     weights,
 )
 from flux.config import Preset, preset
 from flux.demo import scene
 from flux.errors import UserError
 from flux.finetune import Captioned
+from flux.plan import plan_of
 from flux.settings import Conditioned, FineTuning
 
 
@@ -59,9 +58,7 @@ class TextToImage(Conditioned):
         guidance = model.guidance if self.guidance is None else self.guidance
         prompts = [prompt for prompt in self.all_prompts() for _ in range(self.num)]
         jobs = [(prompt, self.seed + i) for i, prompt in enumerate(prompts)]
-        place, dtype = device.choose(self.device, self.dtype)
-        if self.compile:
-            compiled.check(place, self.cuda_graphs)
+        place, _ = device.choose(self.device, self.dtype)
         found = weights.find(model, self.weights, {"flux": self.flux, "ae": self.ae, "clip": self.clip, "t5": self.t5,
                                                    "siglip": self.siglip, "redux": self.redux_weights})
         parts = ("flux", "ae", "clip", "t5", "tokenizer", "tokenizer_2", *(("siglip", "redux") if self.redux else ()))
@@ -70,20 +67,21 @@ class TextToImage(Conditioned):
         files = {part: f"{found[part].path.name} {checkpoint.fingerprint(found[part].path)}" for part in parts
                  if found[part].path.is_file()} | given.files | adapters.files(loras)
 
+        words = [*prompts, self.negative or ""] if self.guided else prompts
+        plan = plan_of(self, model, found, place, given, loras, min(self.batch, len(jobs)), len(set(words)))
+        dtype = plan.dtype
+        if self.compile:
+            compiled.check(place, self.cuda_graphs, plan.way == "streamed")
         with torch.inference_mode():
-            encoders = conditioning.TextEncoders(found, model, dtype, place)
+            encoders = conditioning.TextEncoders(found, model, dtype, place, plan.stream_t5)
             adapters.attach(loras, "clip", encoders.clip)
             adapters.attach(loras, "t5", encoders.t5)
-            words = [*prompts, self.negative or ""] if self.guided else prompts
             features = {prompt: encoders([prompt]) for prompt in dict.fromkeys(words)}
             del encoders  # the memory of T5 is the transformer's now
             seen = inputs.image_tokens(given, found, model, dtype, place)
-            autoencoder = weights.load_autoencoder(found, model.autoencoder, dtype, place).eval()
-            autoencoder = strips.InStrips(autoencoder) if self.strips else autoencoder
+            autoencoder = plan.autoencoder(found, model, place)
             fixed = inputs.encode(given, autoencoder, model, seen)
-            transformer = adapters.load_flux(found, model, dtype, place).eval()
-            if self.store != "plain":
-                storage.store(transformer, storage.DTYPES[self.store])
+            transformer = plan.transformer(found, model, place)
             adapters.attach(loras, "flux", transformer)
             if self.compile:
                 compiled.compile_blocks(transformer, self.cuda_graphs)
