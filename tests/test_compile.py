@@ -150,6 +150,8 @@ def test_without_headers_or_triton(monkeypatch, tmp_path):
     monkeypatch.setattr(compiled.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match="needs triton"):
         compiled.check(torch.device("cuda"))
+    with pytest.raises(UserError, match="--compile came with a --vram for which weights are streamed"):
+        compiled.check(CPU, streamed=True)
 
 
 def test_the_flag_and_the_benchmark(monkeypatch, tmp_path):
@@ -157,7 +159,7 @@ def test_the_flag_and_the_benchmark(monkeypatch, tmp_path):
     compile_blocks, seen = compiled.compile_blocks, []
     monkeypatch.setattr(compiled, "compile_blocks",
                         lambda model, graphs=False: seen.append(graphs) or compile_blocks(model, backend="eager"))
-    monkeypatch.setattr(compiled, "check", lambda place, graphs=False: None)
+    monkeypatch.setattr(compiled, "check", lambda *_: None)
     sample.main(["a red circle", "--steps=2", "--compile", "--device=cpu", "--out", str(tmp_path)])
     assert seen == [False] and graphs() == 2
     toy = bench.Bench(part=("transformer",), against=("compiled",), repeats=1, memory=False, hidden=128, depth=1,
