@@ -131,10 +131,10 @@ class MemberTask(LoraTask):
 
 
 def draw_cover(entry: Entry) -> None:
-    """By the command that a user types, from a caption that the LoRA did not see."""
+    """By the command that a user types, from a scene of its own."""
     rng = draws.rng("cover", entry.name)
     shapes = (entry.shape,) if entry.shape else world.SHAPES
-    drawn = world.sample_scene(rng, True, 1, shapes, entry.style, PALETTES[entry.palette])
+    drawn = world.sample_scene(rng, False, 1, shapes, entry.style, PALETTES[entry.palette])
     text_to_image = cli.recipes()["t2i"]
     command = cli.build(text_to_image, cli.describe(text_to_image).sample, {
         "prompt": (world.sample_caption(drawn, rng).text,), "lora": (str(entry.path),),

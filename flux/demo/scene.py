@@ -57,11 +57,15 @@ class Scene:
 
 def sample_scene(rng: np.random.Generator, held_out: bool = False, things: int | None = None,
                  shapes: tuple[str, ...] = SHAPES, style: str = "", colours: tuple[str, ...] = tuple(COLOURS)) -> Scene:
-    """A scene of the training split, or of the held-out one; `things` 1 or 2, by default two in half of the scenes."""
-    while True:
+    """A scene of the training split, or of the held-out one; `things` 1 or 2, by default two in half of the scenes.
+
+    ValueError where few shapes and colours have none that is held out.
+    """
+    for _ in range(2000):
         scene = _draw_scene(rng, things or int(rng.integers(1, 3)), shapes, style, colours)
         if scene.held_out == held_out:
             return scene
+    raise ValueError(f"no scene of {', '.join(shapes)} in {', '.join(colours)} is {'held out' if held_out else 'trained on'}")
 
 
 def _draw_scene(rng, count, shapes, style, colours) -> Scene:
