@@ -116,3 +116,8 @@ def test_other_sizes_show_the_same_scene():
     scene = scenes(1, things=1)[0]
     small, large = render(scene, 64)[0].astype(float), render(scene, 128)[0].astype(float)
     assert abs(large.reshape(64, 2, 64, 2, 3).mean((1, 3)) - small).mean() < 2
+
+
+def test_a_split_may_have_no_scene_of_so_few_words():
+    with pytest.raises(ValueError, match="no scene of diamond in blue, cyan"):
+        sample_scene(np.random.default_rng(0), held_out=True, things=1, shapes=("diamond",), colours=("blue", "cyan"))

@@ -65,7 +65,7 @@ def sample_scene(rng: np.random.Generator, held_out: bool = False, things: int |
         scene = _draw_scene(rng, things or int(rng.integers(1, 3)), shapes, style, colours)
         if scene.held_out == held_out:
             return scene
-    raise ValueError(f"no scene of {', '.join(shapes)} in {', '.join(colours)} is {'held out' if held_out else 'trained on'}")
+    raise ValueError(f"no scene of {', '.join(shapes)} in {', '.join(colours)} is in that split")
 
 
 def _draw_scene(rng, count, shapes, style, colours) -> Scene:
