@@ -5,6 +5,7 @@ together. So a LoRA is not read but asked: each layer's change D answers probes 
 cannot depend on how D is written down; LoKr, LoHa and DoRA are no special cases. D itself is never formed.
 """
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -119,12 +120,10 @@ def augmented(lora: Changes, generator: torch.Generator, strength: float = 0.4, 
               truncation: float = 0.2) -> dict[str, Change]:
     """The same LoRA as another file might have it: all of it up to `strength` weaker or as much stronger (its logarithm is
     uniform), layers left out, and with probability `truncation` each pair at half its rank."""
-    def draw() -> float:
-        return torch.rand((), generator=generator).item()
-
-    low, high = (torch.tensor(1 + s).log().item() for s in (-strength, strength))
-    factor, cut = torch.tensor(low + (high - low) * draw()).exp().item(), draw() < truncation
-    kept = {name: change for name, change in lora.items() if draw() >= dropout} or dict(lora)
+    first, second, *drawn = torch.rand(2 + len(lora), generator=generator).tolist()
+    low, high = math.log(1 - strength), math.log(1 + strength)
+    factor, cut = math.exp(low + (high - low) * first), second < truncation
+    kept = {name: change for (name, change), x in zip(lora.items(), drawn, strict=True) if x >= dropout} or lora
     return {name: times(halved(change) if cut else change, factor) for name, change in kept.items()}
 
 

@@ -134,7 +134,8 @@ def test_diversity_takes_one_of_three_copies(tmp_path):
         put(tmp_path / f"n{i}.safetensors", "")
     assert {hit.id for hit in query(found, q, 3, diversity=0).hits} == {"n0", "n1", "n2"}
     hits = query(found, q, 2).hits
-    assert hits[1].id == "n3" and hits[0].id in ("n0", "n1", "n2") and hits[0].similarity == pytest.approx((x.float() @ q).max().item(), abs=1e-6)
+    assert hits[1].id == "n3" and hits[0].id in ("n0", "n1", "n2")
+    assert hits[0].similarity == pytest.approx((x.float() @ q).max().item(), abs=1e-6)
 
 
 def test_more_than_there_are_gives_all(pool):
@@ -303,8 +304,9 @@ def test_other_files_and_broken_tables_are_refused(pool, tmp_path):
     with pytest.raises(UserError, match="is no index of LoRAs"):
         Index(tmp_path / "w")
     for name, value in (("vectors", tensors["vectors"].float()), ("vectors", torch.tensor(1.0)),
-                        ("coarse", tensors["coarse"][:5]), ("offsets", tensors["offsets"].flip(0)), ("keys", tensors["keys"][:, :1]),
-                        ("offsets", tensors["offsets"] + 1), ("scale", tensors["scale"][1:])):
+                        ("coarse", tensors["coarse"][:5]), ("offsets", tensors["offsets"].flip(0)),
+                        ("offsets", tensors["offsets"] + 1), ("keys", tensors["keys"][:, :1]),
+                        ("scale", tensors["scale"][1:])):
         checkpoint.save(tmp_path / "w", tensors | {name: value}, head)
         with pytest.raises(UserError, match="is a broken index"):
             Index(tmp_path / "w")
