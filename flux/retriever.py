@@ -30,7 +30,7 @@ DEMO_SIZES = Sizes(width=128, depth=2, heads=4, head_dim=32, hidden=256, probes=
 class TrainRetriever(Training):
     """The encoder that finds LoRAs by their weights, on a pool of LoRAs with captions."""
 
-    pool: Path = weights.DEMO / "pool"  # folder of LoRAs with index.json, as train.py demo pool writes it
+    pool: Path = weights.DEMO / "pool"  # folder of LoRAs with index.json, as train.py demo pool writes; default: that one
     model: str = "demo"         # the preset that the LoRAs are for
     weights: Path | None = None  # folder with the model's weights, for CLIP
     kind: Literal["ours", "reference"] = "ours"  # of encoder and loss: ours, or as published (LoRAs of all layers only)
