@@ -17,7 +17,7 @@ from flux.errors import UserError
 from lora.index import Calibration, Index, key_of
 
 CHUNK = 65536  # rows whose similarities are computed at once
-FIRST = 256  # rows that are looked at again, at first
+FIRST = 512  # rows that are looked at again, at first
 ROUNDING = 1e-5  # more than float32 sums of products of unit vectors are wrong by
 
 
@@ -52,7 +52,7 @@ def query(index: Index, vector: Tensor, k: int = 3, min_sim: float | None = None
         min_sim = index.calibration.min_sim if index.calibration else -1.0
     allowed = admitted(index, kinds, exclude)
     most = len(index) if allowed is None else int(allowed.sum())
-    count = min(most, max(64, 8 * k))
+    count = min(most, max(32, 8 * k))
     while True:  # until enough of them have a file
         rows, similarities = nearest(index, q, count, allowed)
         near = similarities >= min_sim
@@ -109,7 +109,7 @@ def nearest(index: Index, q: Tensor, count: int, allowed: Tensor | None = None) 
     if allowed is not None:
         rough.masked_fill_(~allowed, -torch.inf)
     error = index.error + (q - scale * q8.float()).norm().item() * (1.001 + index.error) + ROUNDING
-    look = min(most, max(FIRST, 2 * count))
+    look = min(most, max(FIRST, 4 * count))
     while True:
         best, rows = rough.topk(look)
         exact, order = (index.vectors[rows].float() @ q).topk(count)
