@@ -22,6 +22,7 @@ from flux.errors import UserError
 from lora.probes import Changes, Layer, answers
 
 FAINT = 1e-6  # root mean square of D q below which a layer counts as not changed
+LEAST = 1e-15  # that of nothing at all, where its gradient still is a number
 
 
 @dataclass(frozen=True)
@@ -194,12 +195,17 @@ class Encoder(nn.Module):
     def tokens(self, loras: Sequence[Changes], type_name: str, noise: torch.Generator | None):
         """For each slice of a type: tokens (b, n, D) of its n layers, and how much each is there, (b, n) in (0, 1)."""
         layers, at = self.types[type_name], key(type_name)
+        blocks = torch.tensor([float(layer.block) for layer in layers], device=self.special.device)
+        where = self.stream[key(layers[0].stream) or "none"] + self.block_in(sinusoids(blocks, self.block_in.in_features))
+        if not any(layer.name in lora for layer in layers for lora in loras):  # the same, without the work
+            for i in range(len(layers[0].slices)):
+                token = self.null[f"{at}___{i}"] + self.kind[f"{at}___{i}"] + where
+                yield token.expand(len(loras), -1, -1), where.new_full((len(loras), len(layers)), LEAST / FAINT)
+            return
         y = torch.stack([answers([lora.get(layer.name) for lora in loras], self.probes[key(layer.name)].x[0], layer.rows)
                          for layer in layers], dim=1)                                 # (b, n, P, rows)
         plain = torch.tensor([[float(layer.name in lora and lora[layer.name].undecomposed) for layer in layers]
                               for lora in loras], device=y.device)[..., None]         # (b, n, 1)
-        blocks = torch.tensor([float(layer.block) for layer in layers], device=y.device)
-        where = self.stream[key(layers[0].stream) or "none"] + self.block_in(sinusoids(blocks, self.block_in.in_features))
         for i, part in enumerate(y.split(layers[0].slices, dim=-1)):
             if noise is not None:
                 drawn = torch.randn(part.shape, generator=noise).to(part)
@@ -214,8 +220,8 @@ class Encoder(nn.Module):
 
 
 def rms(x: Tensor) -> Tensor:
-    """Root mean square over the last axis; the least it says is 1e-15, where its gradient still is a number."""
-    return x.square().mean(dim=-1, keepdim=True).clamp(min=1e-30).sqrt()
+    """Root mean square over the last axis, at least LEAST."""
+    return x.square().mean(dim=-1, keepdim=True).clamp(min=LEAST ** 2).sqrt()
 
 
 def sinusoids(x: Tensor, width: int) -> Tensor:
