@@ -152,13 +152,15 @@ def build(flags: argparse.Namespace) -> None:
 def find(flags: argparse.Namespace) -> None:
     searcher = Searcher(flags.encoder, flags.weights)
     found = index.Index(flags.index, searcher.fingerprint)
-    answer = retrieval.query(found, searcher.read(flags.prompt), flags.k, flags.min_sim, flags.kind, flags.exclude,
-                             flags.diversity)
+    vector, among = searcher.read(flags.prompt), (flags.kind, flags.exclude, flags.diversity)
+    answer = retrieval.query(found, vector, flags.k, flags.min_sim, *among)
     for hit in answer.hits:
         sure = "" if hit.probability is None else f"  {hit.probability:4.0%} sure"
         print(f"{hit.similarity:6.3f}{sure}  {hit.file}")
     if not answer.hits:
-        print("no LoRA is near enough")
+        nearest = retrieval.query(found, vector, 1, -1, *among).hits
+        print("no LoRA is near enough" + "".join(f"; the nearest is {hit.file} with {hit.similarity:.3f}, --min-sim takes less"
+                                                 for hit in nearest))
     for name in answer.gone:
         print(f"  its file is gone: {checkpoint.shown(name)}")
 

@@ -38,6 +38,7 @@ class TrainRetriever(Training):
     lr: float = 1e-3
     batch: int = 32             # LoRAs per step, each once
     captions: int = 2           # of each LoRA in a step
+    precision: float = 0.95     # share of right answers from which on a search gives them, 0 to 1
     weight_decay: float = 0.1
     schedule: Literal["constant", "cosine"] = "cosine"
     warmup: int = 50
@@ -102,8 +103,11 @@ class RetrieverTask:
     def save(self, folder: Path) -> None:
         """The encoder, calibrated on the validation LoRAs among those that it was trained on; and its figures, printed."""
         similarity, right = self.answers(self.train + self.validation, self.validation)
-        best = similarity.topk(min(3, similarity.shape[1]), dim=1)
-        found = retrieval.calibrate(best.values.flatten(), right.gather(1, best.indices).flatten())
+        best, first = similarity.max(dim=1)
+        sure = right.gather(1, first[:, None])[:, 0]
+        found = retrieval.calibrate(best, sure, self.settings.precision)
+        print(f"validation: {int(sure.sum())} of {len(sure)} captions find their LoRA first among {similarity.shape[1]}; of the "
+              f"{int((best >= found.min_sim).sum())} from {found.min_sim:.3f} on, at least {self.settings.precision:.0%} do")
         head = {name: tensor for name, tensor in self.model.state_dict().items() if not name.startswith("encoder.")}
         about = {"model": self.preset.name, "calibration": vars(found), "config": str(self.settings)}
         encoder.save(folder / "final.safetensors", self.model.encoder, head, about)
