@@ -159,8 +159,8 @@ def find(flags: argparse.Namespace) -> None:
         print(f"{hit.similarity:6.3f}{sure}  {hit.file}")
     if not answer.hits:
         nearest = retrieval.query(found, vector, 1, -1, *among).hits
-        print("no LoRA is near enough" + "".join(f"; the nearest is {hit.file} with {hit.similarity:.3f}, --min-sim takes less"
-                                                 for hit in nearest))
+        also = [f"; the nearest, {hit.file}, has {hit.similarity:.3f}: --min-sim takes less" for hit in nearest]
+        print("no LoRA is near enough" + "".join(also))
     for name in answer.gone:
         print(f"  its file is gone: {checkpoint.shown(name)}")
 

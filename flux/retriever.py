@@ -21,6 +21,7 @@ from flux.settings import Training
 from lora import contrast, encoder, io, retrieval
 from lora.contrast import ReferenceRetriever, Retriever
 from lora.encoder import Encoder, Reference, Sizes
+from lora.index import Calibration
 from lora.probes import augmented, changes
 
 DEMO_SIZES = Sizes(width=128, depth=2, heads=4, head_dim=32, hidden=256, probes=4, narrow=32, out=96)
@@ -102,14 +103,9 @@ class RetrieverTask:
 
     def save(self, folder: Path) -> None:
         """The encoder, calibrated on the validation LoRAs among those that it was trained on; and its figures, printed."""
-        similarity, right = self.answers(self.train + self.validation, self.validation)
-        best, first = similarity.max(dim=1)
-        sure = right.gather(1, first[:, None])[:, 0]
-        found = retrieval.calibrate(best, sure, self.settings.precision)
-        print(f"validation: {int(sure.sum())} of {len(sure)} captions find their LoRA first among {similarity.shape[1]}; of the "
-              f"{int((best >= found.min_sim).sum())} from {found.min_sim:.3f} on, at least {self.settings.precision:.0%} do")
+        found = self.calibrated()
         head = {name: tensor for name, tensor in self.model.state_dict().items() if not name.startswith("encoder.")}
-        about = {"model": self.preset.name, "calibration": vars(found), "config": str(self.settings)}
+        about = {"model": self.preset.name, "calibration": found and vars(found), "config": str(self.settings)}
         encoder.save(folder / "final.safetensors", self.model.encoder, head, about)
         figures = {**self.figures("held out, among them", self.test, self.test),
                    **self.figures("held out, among all", list(range(len(self.members))), self.test)}
@@ -124,6 +120,21 @@ class RetrieverTask:
                   f"{min(1.0, 5 / row['loras']):.2f} |")
         print(f"search with it: python -m flux.lora_search index {self.settings.pool} "
               f"--encoder {folder / 'final.safetensors'}")
+
+    def calibrated(self) -> Calibration | None:
+        """What first answers to captions of validation LoRAs are worth; None, and a word, where that cannot be told."""
+        similarity, right = self.answers(self.train + self.validation, self.validation)
+        best, first = similarity.max(dim=1)
+        sure = right.gather(1, first[:, None])[:, 0]
+        print(f"validation: {int(sure.sum())} of {len(sure)} captions find their LoRA first among {similarity.shape[1]}")
+        try:
+            found = retrieval.calibrate(best, sure, self.settings.precision)
+        except UserError as error:
+            print(f"not calibrated, searches take what is nearest: {error}")
+            return None
+        print(f"calibrated: {int((best >= found.min_sim).sum())} have a similarity of {found.min_sim:.3f} or more, where "
+              f"{self.settings.precision:.0%} are right")
+        return found
 
     @torch.no_grad()
     def answers(self, among: list[int], asked: list[int]) -> tuple[Tensor, Tensor]:

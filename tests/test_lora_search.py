@@ -62,9 +62,9 @@ def test_train_index_and_find(pool, trained, capsys):
     find = ["find", "circle 3", "--index", str(pool / "index.safetensors"), "--encoder", str(trained)]
     lora_search.main([*find, "--min-sim", "-1", "-k", "5", "--kind", "style"])
     lines = capsys.readouterr().out.splitlines()
-    assert len(lines) == 5 and all(int(line.split("member-")[1].split(".")[0]) % 2 == 0 and "sure" in line for line in lines)
+    assert len(lines) == 5 and all(int(line.split("member-")[1].split(".")[0]) % 2 == 0 for line in lines)
     lora_search.main([*find, "--min-sim", "1"])
-    assert capsys.readouterr().out.startswith(f"no LoRA is near enough; the nearest is {pool}/member-")
+    assert capsys.readouterr().out.startswith(f"no LoRA is near enough; the nearest, {pool}/member-")
 
 
 def test_batches_are_drawn_by_name_and_hold_no_lora_twice(pool):
