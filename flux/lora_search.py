@@ -52,12 +52,14 @@ class Searcher:
     """An encoder's file, opened: LoRA files and prompts to vectors that can be compared."""
 
     def __init__(self, path: Path, folder: Path | None = None):
-        """folder: of the model's weights, for the base of DoRAs (not needed) and for CLIP."""
-        head = checkpoint.read_header(checkpoint.locate(path)).metadata.get("lora_encoder")
-        name = json.loads(head).get("model") if head else None
-        if name not in PRESETS:
+        """folder: of the model's weights, for CLIP. DoRAs are taken without their base (`probes.py`)."""
+        head = checkpoint.read_header(checkpoint.locate(path)).metadata.get("lora_encoder", "")
+        try:
+            name = json.loads(head)["model"]
+            assert name in PRESETS
+        except (ValueError, KeyError, TypeError, AssertionError) as error:
             raise checkpoint.refuse(path, "is no encoder of LoRAs", "one that train.py autolora retriever wrote",
-                                    "name that one")
+                                    "name that one") from error
         self.preset, self.folder = preset(name), folder
         self.layers, self.names = lora_layers.layers(self.preset.flux), lora_names.names(self.preset)
         self.encoder, more, about = encoder.load(path, self.layers)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import train
-from flux import lora_layers, lora_names, lora_search, retriever
+from flux import checkpoint, lora_layers, lora_names, lora_search, retriever
 from flux.config import DEMO
 from flux.errors import UserError
 from lora import index, io
@@ -87,6 +87,10 @@ def test_long_captions_are_read_to_their_end():
 def test_what_is_no_encoder_and_no_pool(tmp_path, pool):
     with pytest.raises(UserError, match="is no encoder of LoRAs"):
         lora_search.Searcher(pool / "member-1.safetensors")
+    for head in ("{", "[]", '{"model": []}', '{"model": "other"}', '{"model": "demo"}'):
+        checkpoint.save(tmp_path / "w.safetensors", {"a": torch.ones(1)}, {"lora_encoder": head})
+        with pytest.raises(UserError, match="is no encoder of LoRAs"):
+            lora_search.Searcher(tmp_path / "w.safetensors")
     with pytest.raises(UserError, match="is no table of a pool"):
         lora_search.pool(tmp_path)
     for text in ("{", "[]", '{"a": {}}', '{"a": 3}'):
