@@ -6,7 +6,7 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
          for folder in ("flux", "lora") for path in (ROOT / folder).rglob("*.py")}
-COMMANDS = {"lora.__main__", "lora.bench"}
+COMMANDS = {"lora.__main__", "lora.bench", "lora.bench_retrieval"}
 
 
 def imported(name: str) -> set[str]:

@@ -1,0 +1,158 @@
+"""Training the retriever of AutoLoRA (arXiv 2508.02107, section 2 of our notes) on a pool of LoRAs with captions.
+
+LoRAs marked `held_out` are never trained on; an eighth of the others is kept for validation, on which the least similarity
+and the probabilities are calibrated. Splits are by LoRA. What is measured at the end is on the held-out ones.
+"""
+
+import json
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from flux import draws, lora_layers, lora_names, weights
+from flux.config import preset
+from flux.errors import UserError
+from flux.lora_search import Member, Words, pool
+from flux.settings import Training
+from lora import contrast, encoder, io, retrieval
+from lora.contrast import ReferenceRetriever, Retriever
+from lora.encoder import Encoder, Reference, Sizes
+from lora.index import Calibration
+from lora.probes import augmented, changes
+
+DEMO_SIZES = Sizes(width=128, depth=2, heads=4, head_dim=32, hidden=256, probes=4, narrow=32, out=96)
+
+
+@dataclass(frozen=True)
+class TrainRetriever(Training):
+    """The encoder that finds LoRAs by their weights, on a pool of LoRAs with captions."""
+
+    pool: Path = weights.DEMO / "pool"  # folder of LoRAs with index.json, as train.py demo pool writes; default: that one
+    model: str = "demo"         # the preset that the LoRAs are for
+    weights: Path | None = None  # folder with the model's weights, for CLIP
+    kind: Literal["ours", "reference"] = "ours"  # of encoder and loss: ours, or as published (LoRAs of all layers only)
+    steps: int = 600
+    lr: float = 1e-3
+    batch: int = 32             # LoRAs per step, each once
+    captions: int = 2           # of each LoRA in a step
+    precision: float = 0.95     # share of right answers from which on a search gives them, 0 to 1
+    weight_decay: float = 0.1
+    schedule: Literal["constant", "cosine"] = "cosine"
+    warmup: int = 50
+    ema: float = 0.99
+    sample_every: int = 0
+    validate_every: int = 100
+
+    def task(self):
+        return RetrieverTask(self)
+
+
+class RetrieverTask:
+    def __init__(self, settings: TrainRetriever):
+        self.settings, self.preset = settings, preset(settings.model)
+        self.layers, names = lora_layers.layers(self.preset.flux), lora_names.names(self.preset)
+        self.members = pool(settings.pool)
+        self.train = [i for i, one in enumerate(self.members) if not one.held_out and not kept_apart(one)]
+        self.validation = [i for i, one in enumerate(self.members) if not one.held_out and kept_apart(one)]
+        self.test = [i for i, one in enumerate(self.members) if one.held_out]
+        if min(map(len, (self.train, self.validation, self.test))) < 2:
+            raise UserError(f"{settings.pool} has {len(self.train)} LoRAs to train on, {len(self.validation)} to validate "
+                            f"and {len(self.test)} held out; expected at least 2 of each; add LoRAs")
+        self.loras = [changes(io.read(one.file, names)[0]["flux"], self.layers) for one in self.members]
+        words = Words(self.preset, settings.weights)
+        self.text = [words(list(one.captions.values())) for one in self.members]  # each (captions, width)
+        torch.manual_seed(draws.seed_of(settings.seed, "retriever"))
+        width = self.preset.clip.hidden_size
+        small = self.preset.name == "demo"
+        if settings.kind == "ours":
+            self.model = Retriever(Encoder(self.layers, DEMO_SIZES if small else Sizes(out=width)), width)
+        else:
+            self.model = ReferenceRetriever(Reference(self.layers, replace(
+                encoder.REFERENCE, width=width, **({"heads": 3, "head_dim": 32, "hidden": 4 * width} if small else {}))))
+
+    def trainable(self) -> nn.Module:
+        return self.model
+
+    def batch(self, step: int, micro: int):
+        """Distinct LoRAs, as many of each kind as can be, as they may be given (`augmented`), and captions of each."""
+        seed = (self.settings.seed, "retriever", step, micro)
+        rng, g = draws.rng(*seed), draws.generator(*seed)
+        kinds = [self.members[i].about.get("kind", "") for i in self.train]
+        share = torch.tensor([1 / kinds.count(kind) for kind in kinds]).double().numpy()
+        some = rng.choice(self.train, min(self.settings.batch, len(self.train)), replace=False, p=share / share.sum())
+        ours = self.settings.kind == "ours"
+        loras = [augmented(self.loras[i], g) if ours else self.loras[i] for i in some]
+        each = self.settings.captions if ours else 1
+        text = torch.cat([self.text[i][torch.randint(len(self.text[i]), (each,), generator=g)] for i in some])
+        return loras, text, torch.arange(len(some)).repeat_interleave(each), g if ours else None
+
+    def loss(self, batch) -> Tensor:
+        return self.model.loss(*batch)
+
+    def held_out(self) -> list:
+        """Validation LoRAs with their first captions."""
+        some = self.validation
+        return [([self.loras[i] for i in some], torch.cat([self.text[i][:1] for i in some]), torch.arange(len(some)), None)]
+
+    def preview(self) -> None:
+        return None
+
+    def save(self, folder: Path) -> None:
+        """The encoder, calibrated on the validation LoRAs among those that it was trained on; and its figures, printed."""
+        found = self.calibrated()
+        head = {name: tensor for name, tensor in self.model.state_dict().items() if not name.startswith("encoder.")}
+        about = {"model": self.preset.name, "calibration": found and vars(found), "config": str(self.settings)}
+        encoder.save(folder / "final.safetensors", self.model.encoder, head, about)
+        figures = {**self.figures("held out, among them", self.test, self.test),
+                   **self.figures("held out, among all", list(range(len(self.members))), self.test)}
+        draft = folder / ".figures.json"
+        draft.write_text(json.dumps(figures, indent=1) + "\n")
+        draft.replace(folder / "figures.json")
+        print("| captions of LoRAs | LoRAs | recall@1 | recall@5 | recall@10 | MRR | nDCG@10 | mean rank | chance @1, @5 |\n"
+              + "|---" * 9 + "|")
+        for name, row in figures.items():
+            print(f"| {name} | {row['loras']} | {row['recall@1']:.2f} | {row['recall@5']:.2f} | {row['recall@10']:.2f} | "
+                  f"{row['mrr']:.2f} | {row['ndcg@10']:.2f} | {row['mean rank']:.1f} | {1 / row['loras']:.2f}, "
+                  f"{min(1.0, 5 / row['loras']):.2f} |")
+        print(f"search with it: python -m flux.lora_search index {self.settings.pool} "
+              f"--encoder {folder / 'final.safetensors'}")
+
+    def calibrated(self) -> Calibration | None:
+        """What first answers to captions of validation LoRAs are worth; None, and a word, where that cannot be told."""
+        similarity, right = self.answers(self.train + self.validation, self.validation)
+        best, first = similarity.max(dim=1)
+        sure = right.gather(1, first[:, None])[:, 0]
+        print(f"validation: {int(sure.sum())} of {len(sure)} captions find their LoRA first among {similarity.shape[1]}")
+        try:
+            found = retrieval.calibrate(best, sure, self.settings.precision)
+        except UserError as error:
+            print(f"not calibrated, searches take what is nearest: {error}")
+            return None
+        print(f"calibrated: {int((best >= found.min_sim).sum())} have a similarity of {found.min_sim:.3f} or more, where "
+              f"{self.settings.precision:.0%} are right")
+        return found
+
+    @torch.no_grad()
+    def answers(self, among: list[int], asked: list[int]) -> tuple[Tensor, Tensor]:
+        """Similarities (t, n) of all captions of LoRAs `asked` to LoRAs `among`, and which are right."""
+        vectors = self.model.encoder([self.loras[i] for i in among])
+        text = torch.cat([self.text[i] for i in asked])
+        text = self.model.head(text) if hasattr(self.model, "head") else text
+        owner = torch.tensor([i for i in asked for _ in self.text[i]])
+        return F.normalize(text, dim=1) @ F.normalize(vectors, dim=1).T, owner[:, None] == torch.tensor(among)
+
+    def figures(self, name: str, among: list[int], asked: list[int]) -> dict[str, dict]:
+        similarity, right = self.answers(among, asked)
+        places = contrast.ranks(similarity, right).float()
+        out = {f"recall@{k}": contrast.recall(similarity, right, k) for k in (1, 5, 10)}
+        return {name: out | {"loras": len(among), "mrr": (1 / places).mean().item(), "mean rank": places.mean().item(),
+                             "ndcg@10": contrast.ndcg(similarity, right)}}
+
+
+def kept_apart(member: Member) -> bool:
+    """An eighth, chosen by name, for validation."""
+    return draws.seed_of("validation", member.name) % 8 == 0
