@@ -3,7 +3,7 @@
     critic = Critic("http://localhost:8000", "runs/critic")
     plan, = critic.plans([(picture, "a lighthouse in a storm")])
 
-One question has one deadline, in which it is tried at most five times: refused connections, time-outs, broken answers,
+One picture has one deadline; in it a question is tried at most five times: refused connections, time-outs, broken answers,
 429 and 5xx are tried again after a growing, random pause, or when `Retry-After` says. Servers that refuse
 `response_format` (`transformers serve` does, with 422) are asked without; every reply is checked here all the same.
 The key comes from VLM_API_KEY and goes into one header, never into a log, a ledger or an error.
@@ -125,9 +125,9 @@ class Critic:
             picture = Picture.of(pil, self.model, self.max_pixels)
             scale = self.convention or boxes.convention(self.model)
             asked = words = critique.question(prompt, scale, picture.size, self.max_regions)
-            refused = []
+            refused, end = [], time.monotonic() + self.timeout_s
             for _ in range(1 + REASKED):
-                reply = await self.ask(client, locks, picture, words)
+                reply = await self.ask(client, locks, picture, words, end)
                 try:
                     plan = critique.parse(reply, prompt, scale, picture.size, self.max_regions)
                     return EditPlan(plan.edits, plan.analysis, (*refused, *plan.refused), self.name)
@@ -136,8 +136,8 @@ class Critic:
                     words = f"{asked}\n\nAn earlier answer could not be used: {error}."
             return EditPlan((), "", tuple(refused), self.name)
 
-    async def ask(self, client, locks: dict, picture: Picture, words: str) -> str:
-        """The reply to words beside a picture, from the ledger if it is there. Takes `timeout_s` at most."""
+    async def ask(self, client, locks: dict, picture: Picture, words: str, end: float) -> str:
+        """The reply to words beside a picture, from the ledger if it is there, by `end` of the monotonic clock."""
         sha = self.ledger.keep_picture(picture.data)
         request = {"url": self.url, "model": self.model, "text": words, "picture": sha, "max_tokens": self.max_tokens}
         name = key(request)
@@ -154,25 +154,25 @@ class Critic:
                 row = {"key": name, "time": round(started, 3), "seconds": round(time.time() - started, 3)}
                 self.ledger.write(row | {"response_format": FORMATS[offered], "request": request} | outcome)
 
-            return await self.persist(client, "POST", "/chat/completions", body, content_of, note)
+            return await self.persist(client, "POST", "/chat/completions", body, content_of, end, note)
 
     async def list_models(self, client) -> list[str]:
-        return await self.persist(client, "GET", "/models", None, models_of)
+        return await self.persist(client, "GET", "/models", None, models_of, time.monotonic() + self.timeout_s)
 
     async def choose_model(self, client) -> None:
         if self.model is None:
             offered = await self.list_models(client)
             if len(offered) != 1:
                 names = self.shown(", ".join(offered[:8]))
-                raise VlmError(f"{self.url} offers {len(offered)} models ({names}), expected to know which is meant; name one")
+                raise VlmError(f"{self.url} offers {len(offered)} models ({names}), expected one or a name; name one")
             self.model = offered[0]
 
-    async def persist(self, client, method: str, path: str, body: dict | None, read, note=None):
-        """What `read` finds in the answer's JSON, in at most TRIES tries and `timeout_s` seconds. `note` keeps outcomes.
+    async def persist(self, client, method: str, path: str, body: dict | None, read, end: float, note=None):
+        """What `read` finds in the answer's JSON, in at most TRIES tries and before `end`. `note` keeps outcomes.
 
         A try may take half of the time that is left, so that one that hangs is not the only one.
         """
-        end, offered, tries, failure = time.monotonic() + self.timeout_s, self.format, 0, None
+        offered, tries, failure = self.format, 0, "none, no time was left"
         while tries < TRIES and (left := end - time.monotonic()) > 0:
             tries += 1
             limit = left if tries == TRIES else left / 2
@@ -204,8 +204,8 @@ class Critic:
                 break
             if tries < TRIES:
                 await asyncio.sleep(pause)
-        raise VlmError(f"{self.url}{path} gave no usable answer in {tries} tries and {self.timeout_s:g} s (the last: {failure}), "
-                       "expected one; see that the server runs, or give it more time")
+        raise VlmError(f"{self.url}{path} gave no usable answer in {tries} tries and {self.timeout_s:g} s, the last was: "
+                       f"{failure}; expected a completion; see that the server runs, or give it more time")
 
     def formatted(self, body: dict, offered: int) -> dict:
         match FORMATS[offered]:

@@ -19,7 +19,7 @@ MAX_REGIONS = 4
 WORDS = (3, 80)  # of a region's prompt
 PROMPT_LENGTH = 1000  # letters: a word may be long
 REPLY_LENGTH = 200_000  # letters; a plan of four edits has about 2,000
-BRACES = 2_000  # objects that a reply may open
+BRACES = 100  # objects that a reply may open; each may be read to its end
 BOX_TOKENS = re.compile(r"(?:<\|?box(?:_start)?\|?>)?\s*\((-?[\d.]{1,12}),\s*(-?[\d.]{1,12})\),\s*"
                         r"\((-?[\d.]{1,12}),\s*(-?[\d.]{1,12})\)\s*(?:<\|?/?box(?:_end)?\|?>)?")
 NAMED_BOX = re.compile(r"<\|?(?:object_ref_start|ref)\|?>([^<]{1,2000})<\|?(?:object_ref_end|/ref)\|?>\s*"
