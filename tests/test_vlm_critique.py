@@ -132,7 +132,8 @@ def test_mutated_replies_give_a_sound_plan_or_a_reply_error(hard):
 
 def test_a_long_reply_is_refused_quickly():
     opened = '{"a": "' * 99 + "a" * 190_000
-    for text in ("{" * 100_000, '{"a": ' * 1900, opened, '{"edits": [' + "{}," * 1900, "[" * 150_000, "(" * 150_000, '"' * 300_000):
+    many = '{"edits": [' + "{}," * 1900
+    for text in ("{" * 100_000, '{"a": ' * 1900, opened, many, "[" * 150_000, "(" * 150_000, '"' * 300_000):
         with pytest.raises(ReplyError):
             parse(text, P, "norm1000", SIZE)
 

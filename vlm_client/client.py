@@ -115,7 +115,8 @@ class Critic:
     def run(self, work):
         async def connected():
             headers = {"Accept-Encoding": "identity"} | ({"Authorization": f"Bearer {self._key}"} if self._key else {})
-            async with httpx.AsyncClient(headers=headers, trust_env=False, follow_redirects=False) as client:
+            tls = self.url.startswith("https:")  # reading the certificates takes longer than many an answer
+            async with httpx.AsyncClient(headers=headers, verify=tls, trust_env=False, follow_redirects=False) as client:
                 return await work(client)
         return asyncio.run(connected())
 
@@ -260,7 +261,7 @@ def base(url: str) -> str:
     """http://host:8000 means http://host:8000/v1; what has a path stays as it is."""
     try:
         parsed = httpx.URL(url.strip())
-        sound = parsed.scheme in ("http", "https") and parsed.host and not parsed.userinfo
+        sound = parsed.scheme in ("http", "https") and re.fullmatch(r"[\w.:-]+", parsed.host) and not parsed.userinfo
     except (httpx.InvalidURL, ValueError, TypeError):
         sound = False
     if not sound or parsed.query or parsed.fragment:  # what is not sound may hold a password: it is not repeated

@@ -1,7 +1,7 @@
 """What was asked and answered, so that no answered request is asked twice.
 
-A folder with `ledger.jsonl`, one line per try, and `pictures/`, whose names are the sha256 of the bytes that were sent. A
-line is written whole and synced before its answer is used; a line that a crash tore is no JSON, and is passed over.
+A folder with `ledger.jsonl`, one line per try, and `pictures/`, whose names are the sha256 of the bytes that were sent.
+An answer's line is written whole and synced before it is used; a line that a crash tore is no JSON, and is passed over.
 """
 
 import hashlib
@@ -44,7 +44,7 @@ class Ledger:
         return name
 
     def write(self, row: dict) -> None:
-        """One line, in one write, on the disk when this returns; several processes may share a ledger."""
+        """One line, in one write; an answer is on the disk when this returns. Several processes may share a ledger."""
         line = json.dumps(row, ensure_ascii=True).encode() + b"\n"
         if self.unfinished:  # ends the line that a crash tore
             line, self.unfinished = b"\n" + line, False
@@ -52,7 +52,8 @@ class Ledger:
         try:
             while line:  # a full disk may take a part, and raises at the next
                 line = line[os.write(handle, line):]
-            os.fsync(handle)
+            if "reply" in row:
+                os.fsync(handle)
         finally:
             os.close(handle)
         if "reply" in row:
