@@ -10,6 +10,7 @@ from PIL import Image
 import sample
 from flux import conditioning, flow, latents, regions
 from flux.config import TINY, FluxConfig
+from flux.demo import scene
 from flux.errors import UserError
 from flux.model import Flux
 from flux.regions import Region
@@ -200,3 +201,17 @@ def test_regions_from_the_command_to_the_file(tmp_path):
     first = min((tmp_path / "b").glob("*.png"))
     again = draw(tmp_path / "g", "--from", first)
     assert abs(again[0] - left[0]).max() <= 1
+
+
+def test_a_region_gets_what_its_prompt_says_and_the_rest_stays(tmp_path):
+    words = ("a red circle left of a blue star on a yellow background", "--seed", 5)
+    plain, = draw(tmp_path / "a", *words)
+    cross, = draw(tmp_path / "b", *words, "--region", "0,0,0.5,1 @ 20: a green cross on the left on a yellow background")
+
+    def share(pixels, colour):
+        return (abs(pixels - np.array(scene.COLOURS[colour])).max(-1) < 40).mean()
+
+    left, right = (slice(None), slice(0, 60)), (slice(None), slice(68, 128))
+    assert share(plain[left], "red") > 0.05 and share(plain[left], "green") == 0
+    assert share(cross[left], "green") > 0.03 and share(cross[left], "red") == 0
+    assert abs(cross[right] - plain[right]).mean() < 2 < 5 < abs(cross[left] - plain[left]).mean()
