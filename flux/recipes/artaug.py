@@ -42,7 +42,7 @@ class ArtAug(Sampling):
     def images(self) -> Iterator[tuple[Image.Image, dict]]:
         """(before, each region, after; metadata) of each prompt."""
         if not self.prompt or not self.vlm:
-            raise UserError("artaug came without a prompt or --vlm, expected both; start python -m vlm_client.measuring, or a "
+            raise UserError("artaug came without a prompt or --vlm, expected both; start python -m vlm_client.measuring or a "
                             'Qwen2-VL server, and add "a red circle" --vlm http://localhost:8000')
         model, loras = preset(self.model), adapters.read(self.lora, preset(self.model))
         size = width, height = self.width or model.width, self.height or model.height
@@ -81,7 +81,8 @@ class ArtAug(Sampling):
 
             before = [draw(prompt, seed) for prompt, seed in jobs]
             plans = ask(critic, [(pil, prompt) for pil, (prompt, _) in zip(before, jobs, strict=True)])
-            print(f"critic: {critic.name}, {sum(len(plan.edits) for plan in plans)} edits of {len(plans)} pictures", flush=True)
+            count = sum(len(plan.edits) for plan in plans)
+            print(f"critic: {critic.name}, {count} edits for {len(plans)} pictures", flush=True)
             features |= read([edit.prompt for plan in plans for edit in plan.edits])
             for (prompt, seed), pil, plan in zip(jobs, before, plans, strict=True):
                 areas = [Region(edit.box, edit.prompt, self.region_scale * edit.strength) for edit in plan.edits]
