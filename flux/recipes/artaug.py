@@ -42,8 +42,8 @@ class ArtAug(Sampling):
     def images(self) -> Iterator[tuple[Image.Image, dict]]:
         """(before, each region, after; metadata) of each prompt."""
         if not self.prompt or not self.vlm:
-            raise UserError("artaug came without a prompt or --vlm, expected both; start python -m vlm_client.measuring or a "
-                            'Qwen2-VL server, and add "a red circle" --vlm http://localhost:8000')
+            raise UserError("artaug came without a prompt or --vlm, expected both; start python -m vlm_client.measuring, or "
+                            'a Qwen2-VL server, and add "a red circle" --vlm http://localhost:8000')
         model, loras = preset(self.model), adapters.read(self.lora, preset(self.model))
         size = width, height = self.width or model.width, self.height or model.height
         latents.check_size(*size)
