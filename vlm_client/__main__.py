@@ -19,9 +19,10 @@ def check(flags: argparse.Namespace) -> None:
         print(f"server      {critic.url}, key from {KEY}: {'yes' if critic.keyed else 'none'}")
         started = time.monotonic()
         offered = critic.models()
-        print(f"models      {', '.join(offered) or 'none named'} ({time.monotonic() - started:.2f} s)")
+        names = critique.readable(", ".join(offered)) or "none named"
+        print(f"models      {names} ({time.monotonic() - started:.2f} s)")
         if flags.model and flags.model not in offered:
-            raise VlmError(f"--model {flags.model} came, expected one of {', '.join(offered)}; take one of these")
+            raise VlmError(f"--model {flags.model} came, expected one of {names}; take one of these")
         started = time.monotonic()
         plan, = critic.plans([(test_picture(), "a red circle on a grey background")])
         seconds, rows = time.monotonic() - started, list(critic.ledger.answers.values())

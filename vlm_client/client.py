@@ -94,7 +94,7 @@ class Critic:
     @property
     def name(self) -> str:
         """Who answered, for logs and files."""
-        return f"{self.model} at {self.url}"
+        return f"{critique.readable(self.model)} at {self.url}"
 
     def plans(self, pairs: Iterable[tuple[Image.Image, str]]) -> list[EditPlan]:
         """Of each (picture, prompt), in order. VlmError once a question has no answer; those before are in the ledger."""
@@ -244,7 +244,7 @@ class Critic:
         if status in AGAIN or status >= 500 and status != 501:
             return Failed(said, seconds(answer.headers.get("retry-after")))
         advice = {401: f"set {KEY}", 403: f"set {KEY}", 404: "check the URL and the model's name",
-                  413: "lower --max-pixels"}.get(status, "see what the server says")
+                  413: "send smaller pictures, by max_pixels"}.get(status, "see what the server says")
         if 300 <= status < 400:
             advice = f"give the URL it leads to, {self.shown(answer.headers.get('location', ''))}"
         return Refused(f"{self.url} answered {said}, expected a chat completion; {advice}", status)
