@@ -50,7 +50,7 @@ SCORES = {  # measure -> its values and their scores, joined by straight lines
 }
 WORDS = {  # measure -> heading, words for too little and too much of it
     "exposure": ("exposure and lighting", "in bright light", "in dim light"),
-    "contrast": ("exposure and lighting", "with strong light and a soft shadow", "in soft even light"),
+    "contrast": ("exposure and lighting", "with strong light and shadow", "in soft even light"),
     "colourfulness": ("colour", "in vivid saturated colours", "in muted natural colours"),
     "sharpness": ("detail and texture", "in sharp focus with crisp edges", "in sharp focus with crisp edges"),
     "balance": ("composition and camera angle", "balanced and centred", "balanced and centred"),
