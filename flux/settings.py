@@ -97,15 +97,18 @@ class Conditioned(Sampling):
     cfg_scale: float | None = None  # of true classifier-free guidance, against --negative or no words; default: none
     cfg_start: float = 0.0  # share of the steps before true guidance begins
     cfg_end: float = 1.0  # share of the steps after which it ends
+    region: tuple[str, ...] = ()  # prompt of a part, "x0,y0,x1,y1: a red circle" in shares; strength: "0,0,0.5,1 @ 3: ..."
+    region_start: float = 0.0  # share of the steps before regions begin
+    region_end: float = 1.0  # share of the steps after which they end
 
     def __post_init__(self):
         super().__post_init__()
         _at_least(0, self, "cfg_scale", "control_scale")
-        for name in ("strength", "control_start", "control_end", "cfg_start", "cfg_end"):
+        for name in ("strength", "control_start", "control_end", "cfg_start", "cfg_end", "region_start", "region_end"):
             share = getattr(self, name)
             if share is not None and not 0 <= share <= 1:
                 raise UserError(f"--{name.replace('_', '-')} {share}: expected a share from 0 to 1, such as 0.5")
-        for name in ("control", "cfg"):
+        for name in ("control", "cfg", "region"):
             start, end = getattr(self, f"{name}_start"), getattr(self, f"{name}_end")
             if start >= end:
                 raise UserError(f"--{name}-start {start} and --{name}-end {end}: expected start before end; change one")

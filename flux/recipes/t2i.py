@@ -27,6 +27,7 @@ from flux import (
     latents,
     parallel,
     pictures,
+    regions,
     reuse,
     weights,
 )
@@ -49,6 +50,7 @@ class TextToImage(Conditioned):
 
     def images(self) -> Iterator[tuple[Image.Image, dict]]:
         """(picture, metadata) one by one. Picture i has seed + i, and is the same alone or among others."""
+        areas = regions.read(self.region)
         loras = adapters.read(self.lora, preset(self.model))
         model = adapters.fitted(preset(self.model), loras)
         given = inputs.read(self, model)
@@ -67,7 +69,7 @@ class TextToImage(Conditioned):
         files = {part: f"{found[part].path.name} {checkpoint.fingerprint(found[part].path)}" for part in parts
                  if found[part].path.is_file()} | given.files | adapters.files(loras)
 
-        words = [*prompts, self.negative or ""] if self.guided else prompts
+        words = [*prompts, *(area.prompt for area in areas), *([self.negative or ""] if self.guided else [])]
         plan = plan_of(self, model, found, place, given, loras, min(self.batch, len(jobs)), len(set(words)))
         dtype = plan.dtype
         if self.compile:
@@ -99,7 +101,8 @@ class TextToImage(Conditioned):
                     some = jobs[start:start + self.batch]
                     noise = [latents.noise(1, height, width, torch.Generator().manual_seed(seed)) for _, seed in some]
                     img = fixed.begin(latents.pack(torch.cat(noise).to(place)), left[0]).to(dtype)
-                    for state in flow.euler_steps(self.velocity(under, [prompt for prompt, _ in some], times), img, left):
+                    velocity = self.velocity(under, [prompt for prompt, _ in some], times, given.size)
+                    for state in flow.euler_steps(velocity, img, left):
                         img = state
                         bar.update(len(some))
                     decoded = autoencoder.decode(latents.unpack(img, height, width))
@@ -123,13 +126,16 @@ class TextToImage(Conditioned):
     def guided(self) -> bool:
         return self.cfg_scale not in (None, 1)
 
-    def velocity(self, under: Callable[[list[str]], flow.Velocity], prompts: list[str], times: list[float]) -> flow.Velocity:
-        """Under the prompts; with true guidance also away from the negative one, in its share of the steps."""
+    def velocity(self, under: Callable[[list[str]], flow.Velocity], prompts: list[str], times: list[float],
+                 size: tuple[int, int]) -> flow.Velocity:
+        """Under the prompts, in regions also under theirs; with true guidance also away from the negative one."""
+        areas, unwanted = regions.read(self.region), [self.negative or ""] * len(prompts)
+        span = conditioning.span(times, self.region_start, self.region_end)
+        wanted = regions.velocity(under, prompts, areas, size, span, self.batch)
         if not self.guided:
-            return under(prompts)
-        both = under(prompts + [self.negative or ""] * len(prompts))
-        span = conditioning.span(times, self.cfg_start, self.cfg_end)
-        return conditioning.guided(both, under(prompts), self.cfg_scale, span)
+            return wanted
+        both = regions.one_by_one([wanted, under(unwanted)]) if areas else under(prompts + unwanted)
+        return conditioning.guided(both, wanted, self.cfg_scale, conditioning.span(times, self.cfg_start, self.cfg_end))
 
     def all_prompts(self) -> list[str]:
         """Those of the command, then those of the file; when there are none, no words for pictures, or the demo's own."""
