@@ -42,7 +42,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor, norms: Sequence[nn.Mo
     `norms` are the QKNorm of the tokens before `split` and of the others, or one for all; none if q and k are normalised.
     """
     if norms and (way == "triton" or not why_not(q.device, q.dtype, q.shape[-1])):
-        q_scale, k_scale = (torch.stack([getattr(norm, name).scale for norm in norms]) for name in ("query_norm", "key_norm"))
+        q_scale = torch.stack([norm.query_norm.scale for norm in norms])
+        k_scale = torch.stack([norm.key_norm.scale for norm in norms])
         return rope_attention(q, k, v, q_scale, k_scale, pe, split, way=way).flatten(2)
     if len(norms) == 2:
         lengths = (split, q.shape[1] - split)
@@ -56,10 +57,9 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor, norms: Sequence[nn.Mo
     return out.transpose(1, 2).flatten(2)
 
 
-def choose(model: nn.Module, way: str, device: torch.device, dtype: torch.dtype) -> None:
-    """--attention, for every block of the model: auto, sdpa or triton."""
-    for block in model.modules():
-        if hasattr(block, "attention_way"):
-            if way == "triton" and (fault := why_not(device, dtype, block.head_dim)):
-                raise UserError(f"--attention triton cannot run: {fault}; take --attention auto")
-            block.attention_way = way
+def choose(flux: nn.Module, way: str, device: torch.device, dtype: torch.dtype) -> None:
+    """--attention auto, sdpa or triton, for every block of the transformer."""
+    if way == "triton" and (fault := why_not(device, dtype, flux.config.head_dim)):
+        raise UserError(f"--attention triton cannot run here ({fault}), expected auto or sdpa; take --attention auto")
+    for block in (*flux.double_blocks, *flux.single_blocks):
+        block.attention_way = way

@@ -24,7 +24,7 @@ from pathlib import Path
 
 from kernels.runtime import triton
 
-SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}  # bytes per program: CUDA programming guide, compute capabilities
+SHARED_LIMIT = {80: 163 << 10, 89: 99 << 10, 90: 227 << 10}  # bytes per program (CUDA programming guide)
 COLUMNS = "{:<62}{:>4}{:>6}{:>10}{:>8}{:>7}{:>9}  {}"
 
 

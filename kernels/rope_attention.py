@@ -8,7 +8,7 @@ Per token and head of width E, with gamma the norm's scale and a the angles of t
 
 and backwards, with P = exp(logits - lse) formed again instead of stored:
 
-    delta = rowsum(dout out) - dlse      dv = P^T dout      dS = P (dout v^T - delta)      dq' = dS k' / sqrt(E)      dk' alike
+    delta = rowsum(dout out) - dlse     dv = P^T dout     dS = P (dout v^T - delta)     dq' = dS k' / sqrt(E)     dk' alike
     dqn = dq' turned back (by -a)        dgamma = sum over tokens and heads of dqn q_hat
     w = gamma dqn                        dq = rho (w - q_hat mean(w q_hat))
 
@@ -16,9 +16,9 @@ Text and image tokens have their own gamma in a double block: scales are (S, E),
 Everything is (B, L, H, E) in memory, any stride but the last, as a projection writes it and as the next linear reads it.
 Arithmetic is float32; q', k', P and dS are rounded to the input's dtype where they enter the matrix unit.
 
-Two ways on a GPU. `sdpa`: a pre-pass kernel writes q' and k', then torch's own attention runs, cuDNN's on Hopper, where it is
-nearly twice as fast as flash (github.com/huggingface/transformers/pull/48163), flash elsewhere. `triton`: the pre-pass for k
-alone, since the kernel would repeat it for each block of queries, and q in the prologue of our attention kernel.
+Two ways on a GPU. `sdpa`: a pre-pass kernel writes q' and k', then torch's own attention runs, cuDNN's on Hopper, where
+others found it nearly twice as fast as flash (github.com/huggingface/transformers/pull/48163), flash elsewhere. `triton`: the
+pre-pass for k alone, as the kernel would repeat it for each block of queries, and q in the prologue of our attention kernel.
 """
 
 import math
@@ -148,7 +148,7 @@ def norm_rope_backward_kernel(x, dy, scale, pe, dx, partial, length, heads, spli
 
 
 # Attention. Logits are kept in base 2: q'' = q' log2(e) / sqrt(E), so that P = exp2(q'' k'^T - max).
-# Forward, per head: q and out once, k' and v once per block of queries (from the second-level cache where they fit: k' and v of
+# Forward, per head: q and out once, k' and v once per block of queries (from the second-level cache where they fit: those of
 # one head are 2.4 MB at L = 4608): 4 B L D elements of memory traffic against 4 B H L^2 E operations.
 
 
@@ -169,12 +169,20 @@ def _masked(logits, rows, keys, length, key_mask, bias, bias_l, RAGGED: tl.const
 def _tile(at, stride, first, length, T: tl.constexpr, E: tl.constexpr, RAGGED: tl.constexpr):
     """T rows of a (L, E) matrix; zeros past its end. int64 for the first row, int32 from there: fewer registers."""
     rows = tl.arange(0, T)
-    at += (first + tl.zeros((), tl.int64)) * stride
+    at = at + (first + tl.zeros((), tl.int64)) * stride + (rows[:, None] * stride + tl.arange(0, E)[None, :])
     if RAGGED:
-        tile = tl.load(at + (rows[:, None] * stride + tl.arange(0, E)[None, :]), mask=(first + rows < length)[:, None], other=0.0)
+        tile = tl.load(at, mask=(first + rows < length)[:, None], other=0.0)
     else:
-        tile = tl.load(at + (rows[:, None] * stride + tl.arange(0, E)[None, :]))
+        tile = tl.load(at)
     return tile
+
+
+@jit
+def _put(tile, at, stride, first, length, T: tl.constexpr, E: tl.constexpr):
+    """_tile's opposite; nothing is written past the end."""
+    rows = tl.arange(0, T)
+    at = at + (first + tl.zeros((), tl.int64)) * stride + (rows[:, None] * stride + tl.arange(0, E)[None, :])
+    tl.store(at, tile.to(at.dtype.element_ty), mask=(first + rows < length)[:, None])
 
 
 @jit
@@ -183,7 +191,7 @@ def attention_kernel(q, k, v, scale, pe, key_mask, bias, out, lse, length, heads
                      E: tl.constexpr, STREAMS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
                      RAGGED: tl.constexpr, PRECISION: tl.constexpr):
     """Raw q, k' and v -> out (B, L, H, E) contiguous, lse (B, H, L) float32. One program: ROWS queries of one head."""
-    first, e = tl.program_id(0) * ROWS, tl.arange(0, E)
+    first = tl.program_id(0) * ROWS
     rows = first + tl.arange(0, ROWS)
     b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     x = _tile(q + b * q_b + h * q_h, q_l, first, length, ROWS, E, True).to(tl.float32)
@@ -217,8 +225,7 @@ def attention_kernel(q, k, v, scale, pe, key_mask, bias, out, lse, length, heads
         top = new
 
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    at = out + ((b * length + rows.to(tl.int64)[:, None]) * heads + h) * E + e[None, :]
-    tl.store(at, acc.to(out.dtype.element_ty), mask=(rows < length)[:, None])
+    _put(acc, out + (b * length * heads + h) * E, heads * E, first, length, ROWS, E)
     tl.store(lse + (b * heads + h) * length + rows, (top + tl.log2(total)) * 0.6931471805599453, mask=rows < length)
 
 
@@ -259,8 +266,7 @@ def attention_backward_q_kernel(q, k, v, key_mask, bias, out, do, lse, dlse, del
         dp = tl.dot(g, tl.trans(_tile(v, v_l, start, length, KEYS, E, RAGGED)), input_precision=PRECISION)
         ds = tl.exp2(logits - lse2[:, None]) * (dp - gap[:, None])
         acc = tl.dot(ds.to(tile.dtype), tile, acc, input_precision=PRECISION)
-    at = dq + here + rows.to(tl.int64)[:, None] * heads * E + tl.arange(0, E)[None, :]
-    tl.store(at, (acc * inverse_root).to(dq.dtype.element_ty), mask=inside[:, None])
+    _put(acc * inverse_root, dq + here, heads * E, first, length, ROWS, E)
 
 
 # Second sweep: for a block of keys over all queries, dk' and dv, with P^T in place of P. 6 B L D elements, 8 B H L^2 E
@@ -273,7 +279,7 @@ def attention_backward_kv_kernel(q, k, v, key_mask, bias, do, lse, delta, dk, dv
                                  E: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, RAGGED: tl.constexpr,
                                 PRECISION: tl.constexpr):
     """q'', k' contiguous (B, L, H, E); v, do of any stride -> dk', dv contiguous. One program: KEYS keys of one head."""
-    first, e = tl.program_id(0) * KEYS, tl.arange(0, E)
+    first = tl.program_id(0) * KEYS
     keys = first + tl.arange(0, KEYS)
     b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     here, line = (b * length * heads + h) * E, (b * heads + h) * length
@@ -300,9 +306,8 @@ def attention_backward_kv_kernel(q, k, v, key_mask, bias, do, lse, delta, dk, dv
         gap = tl.load(delta + line + rows, mask=rows < length, other=0.0)
         ds = p * (tl.dot(vt, tl.trans(g), input_precision=PRECISION) - gap[None, :])
         dkt = tl.dot(ds.to(x.dtype), x, dkt, input_precision=PRECISION)
-    at, inside = here + keys.to(tl.int64)[:, None] * heads * E + e[None, :], (keys < length)[:, None]
-    tl.store(dk + at, (dkt * 0.6931471805599453).to(dk.dtype.element_ty), mask=inside)  # q'' carries log2(e)
-    tl.store(dv + at, dvt.to(dv.dtype.element_ty), mask=inside)
+    _put(dkt * 0.6931471805599453, dk + here, heads * E, first, length, KEYS, E)  # q'' carries log2(e)
+    _put(dvt, dv + here, heads * E, first, length, KEYS, E)
 
 
 # Sizes of blocks: rows (queries), keys, warps, stages, by bytes per element and head width E. No card has run them: they are
@@ -334,15 +339,15 @@ def _options(table: dict, kernel: str, itemsize: int, width: int, length: int) -
             "PRECISION": "tf32" if itemsize == 2 else "ieee", "num_warps": warps, "num_stages": stages}
 
 
-# The operations as torch sees them: opaque, with the shapes of their outputs and their gradients. `table` is pe as real numbers
-# (B or 1, L, E/2, 2); scales are (S, E).
+# The operations as torch sees them: opaque, with the shapes of their outputs and their gradients. `table` is pe as real
+# numbers (B or 1, L, E/2, 2); scales are (S, E).
 
 
 @torch.library.custom_op("minflux::norm_rope", mutates_args=())
 def norm_rope(x: Tensor, scale: Tensor, table: Tensor, split: int, multiplier: float) -> Tensor:
     out = x.new_empty(x.shape)
     if out.numel():
-        (batch, length, heads, width), grid = x.shape, _prepass_grid(x)
+        (_, length, heads, width), grid = x.shape, _prepass_grid(x)
         with runtime.on(x.device):
             norm_rope_kernel[grid](x, scale, table, out, length, heads, split, multiplier, *x.stride()[:3], _batch(table),
                                    E=width, STREAMS=len(scale), TOKENS=TOKENS, HEADS=HEADS, num_warps=PREPASS_WARPS)
@@ -360,7 +365,7 @@ def norm_rope_backward(dy: Tensor, x: Tensor, scale: Tensor, table: Tensor, spli
     dx, grid = x.new_empty(x.shape), _prepass_grid(x)
     if not dx.numel():
         return dx, torch.zeros_like(scale)
-    (batch, length, heads, width), dy = x.shape, _dense(dy)
+    (_, length, heads, width), dy = x.shape, _dense(dy)
     partial = scale.new_empty(math.prod(grid), len(scale), width, dtype=torch.float32)
     with runtime.on(x.device):
         norm_rope_backward_kernel[grid](x, dy, scale, table, dx, partial, length, heads, split, *x.stride()[:3],
@@ -415,7 +420,7 @@ def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tens
                        ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v and both scales."""
     (batch, length, heads, width), dout, dlse = q.shape, _dense(dout), dlse.contiguous()
-    (dq, dk, dv), delta = (out.new_empty(out.shape) for _ in range(3)), torch.empty_like(lse)
+    (dq, dk, dv), delta = (out.new_empty(out.shape) for _ in range(3)), lse.new_empty(lse.shape)
     if out.numel():
         x, turned = norm_rope(q, q_scale, table, split, LOG2E / math.sqrt(width)), norm_rope(k, k_scale, table, split, 1.0)
         strides = (*v.stride()[:3], *dout.stride()[:3], *_mask_strides(key_mask, bias))
@@ -490,7 +495,7 @@ def rope_attention(q: Tensor, k: Tensor, v: Tensor, q_scale: Tensor, k_scale: Te
                    key_mask: Tensor | None = None, bias: Tensor | None = None, way: str = "auto") -> Tensor:
     """q, k, v (B, L, H, E) as projected, scales (S, E), pe (B or 1, L, 1, E/2) complex -> (B, L, H, E).
 
-    key_mask (B or 1, L) is True where a key is seen; bias (B or 1, H or 1, L, L) is added to the logits and gets no gradient.
+    key_mask (B or 1, L) is True where a key is seen; bias (B or 1, H or 1, L, L) is added to the logits, without gradient.
     `way` is auto, sdpa or triton; where our kernels do not run, plain torch does it, but not if triton was asked for.
     """
     fault = why_not(q.device, q.dtype, q.shape[-1])
@@ -508,7 +513,7 @@ def rope_attention(q: Tensor, k: Tensor, v: Tensor, q_scale: Tensor, k_scale: Te
 
 def with_lse(q: Tensor, k: Tensor, v: Tensor, q_scale: Tensor, k_scale: Tensor, pe: Tensor, split: int = 0,
              key_mask: Tensor | None = None, bias: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """By our kernels or else the reference: out (B, L, H, E) and lse (B, H, L), of which attentions over parts may be joined."""
+    """By our kernels or else the reference: out (B, L, H, E) and lse (B, H, L), which joins attentions to parts."""
     if why_not(q.device, q.dtype, q.shape[-1]):
         return reference(q, k, v, q_scale, k_scale, pe, split, key_mask, bias)
     if key_mask is not None:
@@ -550,8 +555,8 @@ def configurations() -> Iterator[tuple]:
     """For compile_check: every kernel, dtype, head width and table of blocks, without and with a mask and a bias."""
     signature = {"heads": "i32", "partial": "*fp32", "multiplier": "fp32", "inverse_root": "fp32", "pe": "*fp32"}
     signature |= dict.fromkeys(("lse", "dlse", "delta"), "*fp32")
-    strides = ("length", "split", *(f"{x}_{axis}" for x in ("x", "dy", "q", "v", "do", "pe", "mask", "bias") for axis in "blh"))
-    signature |= dict.fromkeys(strides, "i32:16")
+    strides = (f"{x}_{axis}" for x in ("x", "dy", "q", "v", "do", "pe", "mask", "bias") for axis in "blh")
+    signature |= dict.fromkeys(("length", "split", *strides), "i32:16")
     for dtype, itemsize, width in ((dtype, itemsize, width) for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4))
                                    for width in (32, 64, 128)):
         for kernel in (norm_rope_kernel, norm_rope_backward_kernel):
@@ -566,8 +571,8 @@ def configurations() -> Iterator[tuple]:
                     warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
                     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
                     types = _signature(kernel, signature | {"key_mask": "*u8", "bias": f"*{dtype}"}, constants, dtype)
-                    yield (f"{kernel.__name__} {dtype} E{width}{' ragged' * ragged}{' masked' * masked}", kernel, types, constants, warps, stages,
-                           targets)
+                    kind = f"{' ragged' * ragged}{' masked' * masked}"
+                    yield (f"{kernel.__name__} {dtype} E{width}{kind}", kernel, types, constants, warps, stages, targets)
 
 
 def _signature(kernel, known: dict[str, str], constants: dict, dtype: str) -> dict[str, str]:

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from flux import (
     adapters,
+    attention,
     checkpoint,
     conditioning,
     device,
@@ -79,6 +80,7 @@ class TextToImage(Conditioned):
             if self.store != "plain":
                 storage.store(transformer, storage.DTYPES[self.store])
             adapters.attach(loras, "flux", transformer)
+            attention.choose(transformer, self.attention, place, dtype)
             times = flow.schedule(steps, (width // 16) * (height // 16), model.shift)
             left = flow.remaining(times, given.strength)
             control = inputs.controlled(self, given, autoencoder, model, times, dtype, place)
