@@ -139,7 +139,12 @@ def test_in_the_interpreter():
 def poison(monkeypatch):
     """Fresh memory holds NaN: outputs and scratch that a kernel leaves unwritten are seen."""
     fresh = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *args, **kwargs: fresh(*args, **kwargs).fill_(math.nan))
+
+    def poisoned(*args, **kwargs):
+        memory = fresh(*args, **kwargs)
+        return memory.fill_(math.nan) if memory.is_floating_point() else memory
+
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned)
 
 
 @interpreted
