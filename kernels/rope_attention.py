@@ -153,15 +153,19 @@ def norm_rope_backward_kernel(x, dy, scale, pe, dx, partial, length, heads, spli
 
 
 @jit
-def _masked(logits, rows, keys, length, key_mask, bias, bias_l, RAGGED: tl.constexpr):
-    """Base-2 logits with the bias and without the keys that are not seen; of rows and keys one is a column, one a row."""
+def _masked(logits, row, rows, key, keys, length, key_mask, bias, bias_l, RAGGED: tl.constexpr):
+    """Base-2 logits of queries row + rows, keys key + keys, with the bias and without keys that are not seen.
+
+    Of rows and keys, which count from 0, one is a column and one a row.
+    """
     if bias is not None:
-        at = bias + rows.to(tl.int64) * bias_l + keys
-        logits += tl.load(at, mask=(rows < length) & (keys < length), other=0.0).to(tl.float32) * 1.4426950408889634
+        at = bias + (row + tl.zeros((), tl.int64)) * bias_l + key + (rows * bias_l + keys)
+        inside = (row + rows < length) & (key + keys < length)
+        logits += tl.load(at, mask=inside, other=0.0).to(tl.float32) * 1.4426950408889634
     if key_mask is not None:
-        logits = tl.where(tl.load(key_mask + keys, mask=keys < length, other=0) != 0, logits, float("-inf"))
+        logits = tl.where(tl.load(key_mask + key + keys, mask=key + keys < length, other=0) != 0, logits, float("-inf"))
     if RAGGED:
-        logits = tl.where(keys < length, logits, float("-inf"))
+        logits = tl.where(key + keys < length, logits, float("-inf"))
     return logits
 
 
@@ -191,7 +195,7 @@ def attention_kernel(q, k, v, scale, pe, key_mask, bias, out, lse, length, heads
                      E: tl.constexpr, STREAMS: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr,
                      RAGGED: tl.constexpr, PRECISION: tl.constexpr):
     """Raw q, k' and v -> out (B, L, H, E) contiguous, lse (B, H, L) float32. One program: ROWS queries of one head."""
-    first = tl.program_id(0) * ROWS
+    first, queries, keys = tl.program_id(0) * ROWS, tl.arange(0, ROWS)[:, None], tl.arange(0, KEYS)[None, :]
     rows = first + tl.arange(0, ROWS)
     b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     x = _tile(q + b * q_b + h * q_h, q_l, first, length, ROWS, E, True).to(tl.float32)
@@ -209,10 +213,9 @@ def attention_kernel(q, k, v, scale, pe, key_mask, bias, out, lse, length, heads
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, E), tl.float32)
     for start in range(0, length, KEYS):
-        keys = start + tl.arange(0, KEYS)
         tile = _tile(k, heads * E, start, length, KEYS, E, RAGGED)
         logits = tl.dot(x, tl.trans(tile), input_precision=PRECISION)
-        logits = _masked(logits, rows[:, None], keys[None, :], length, key_mask, bias, bias_l, RAGGED)
+        logits = _masked(logits, first, queries, start, keys, length, key_mask, bias, bias_l, RAGGED)
         new = tl.maximum(top, tl.max(logits, axis=1))
         shift = new
         if (key_mask is not None) or (bias is not None):
@@ -239,7 +242,7 @@ def attention_backward_q_kernel(q, k, v, key_mask, bias, out, do, lse, dlse, del
                                 E: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, RAGGED: tl.constexpr,
                                 PRECISION: tl.constexpr):
     """q'', k', out contiguous (B, L, H, E); v, do of any stride -> dq' contiguous, delta (B, H, L) float32."""
-    first = tl.program_id(0) * ROWS
+    first, queries, keys = tl.program_id(0) * ROWS, tl.arange(0, ROWS)[:, None], tl.arange(0, KEYS)[None, :]
     rows = first + tl.arange(0, ROWS)
     b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     here, line, inside = (b * length * heads + h) * E, (b * heads + h) * length + rows, rows < length
@@ -259,10 +262,9 @@ def attention_backward_q_kernel(q, k, v, key_mask, bias, out, do, lse, dlse, del
 
     acc = tl.zeros((ROWS, E), tl.float32)
     for start in range(0, length, KEYS):
-        keys = start + tl.arange(0, KEYS)
         tile = _tile(k, heads * E, start, length, KEYS, E, RAGGED)
         logits = tl.dot(x, tl.trans(tile), input_precision=PRECISION)
-        logits = _masked(logits, rows[:, None], keys[None, :], length, key_mask, bias, bias_l, RAGGED)
+        logits = _masked(logits, first, queries, start, keys, length, key_mask, bias, bias_l, RAGGED)
         dp = tl.dot(g, tl.trans(_tile(v, v_l, start, length, KEYS, E, RAGGED)), input_precision=PRECISION)
         ds = tl.exp2(logits - lse2[:, None]) * (dp - gap[:, None])
         acc = tl.dot(ds.to(tile.dtype), tile, acc, input_precision=PRECISION)
@@ -279,8 +281,7 @@ def attention_backward_kv_kernel(q, k, v, key_mask, bias, do, lse, delta, dk, dv
                                  E: tl.constexpr, ROWS: tl.constexpr, KEYS: tl.constexpr, RAGGED: tl.constexpr,
                                 PRECISION: tl.constexpr):
     """q'', k' contiguous (B, L, H, E); v, do of any stride -> dk', dv contiguous. One program: KEYS keys of one head."""
-    first = tl.program_id(0) * KEYS
-    keys = first + tl.arange(0, KEYS)
+    first, queries, keys = tl.program_id(0) * KEYS, tl.arange(0, ROWS)[None, :], tl.arange(0, KEYS)[:, None]
     b, h = (tl.program_id(1) // heads).to(tl.int64), (tl.program_id(1) % heads).to(tl.int64)
     here, line = (b * length * heads + h) * E, (b * heads + h) * length
     kt = _tile(k + here, heads * E, first, length, KEYS, E, True)
@@ -300,7 +301,7 @@ def attention_backward_kv_kernel(q, k, v, key_mask, bias, do, lse, delta, dk, dv
         lse2 = tl.load(lse + line + rows, mask=rows < length, other=0.0) * 1.4426950408889634
         lse2 = tl.where(lse2 == float("-inf"), 0.0, lse2)
         logits = tl.dot(kt, tl.trans(x), input_precision=PRECISION)                                   # (KEYS, ROWS)
-        logits = _masked(logits, rows[None, :], keys[:, None], length, key_mask, bias, bias_l, False)
+        logits = _masked(logits, start, queries, first, keys, length, key_mask, bias, bias_l, False)
         p = tl.exp2(logits - lse2[None, :])
         dvt = tl.dot(p.to(g.dtype), g, dvt, input_precision=PRECISION)
         gap = tl.load(delta + line + rows, mask=rows < length, other=0.0)
@@ -557,8 +558,8 @@ def configurations() -> Iterator[tuple]:
     signature |= dict.fromkeys(("lse", "dlse", "delta"), "*fp32")
     strides = (f"{x}_{axis}" for x in ("x", "dy", "q", "v", "do", "pe", "mask", "bias") for axis in "blh")
     signature |= dict.fromkeys(("length", "split", *strides), "i32:16")
-    for dtype, itemsize, width in ((dtype, itemsize, width) for dtype, itemsize in (("bf16", 2), ("fp16", 2), ("fp32", 4))
-                                   for width in ((128,) if dtype == "fp16" else (32, 64, 128))):  # fp16 compiles as bf16
+    sizes = [(*kind, width) for kind in (("bf16", 2), ("fp32", 4)) for width in (32, 64, 128)]
+    for dtype, itemsize, width in (*sizes, ("fp16", 2, 128)):  # fp16 differs from bf16 in nothing but its instructions
         for kernel in (norm_rope_kernel, norm_rope_backward_kernel):
             constants = {"E": width, "STREAMS": 2, "TOKENS": TOKENS, "HEADS": HEADS}
             yield (f"{kernel.__name__} {dtype} E{width}", kernel, _signature(kernel, signature, constants, dtype), constants,
