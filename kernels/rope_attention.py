@@ -57,8 +57,10 @@ def reference(q: Tensor, k: Tensor, v: Tensor, q_scale: Tensor, k_scale: Tensor,
         logits = logits + bias
     if key_mask is not None:
         logits = logits.masked_fill(~key_mask[:, None, None], -math.inf)
-    lse = logits.logsumexp(dim=-1)
-    weights = (logits - lse.masked_fill(lse == -math.inf, 0)[..., None]).exp()
+    blind = (logits == -math.inf).all(dim=-1, keepdim=True)
+    logits = logits.masked_fill(blind, 0)
+    weights = logits.softmax(dim=-1).masked_fill(blind, 0)
+    lse = logits.logsumexp(dim=-1).masked_fill(blind[..., 0], -math.inf)
     return torch.einsum("bhlm,bmhe->blhe", weights, _wide(v)).to(v.dtype), lse
 
 
