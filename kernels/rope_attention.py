@@ -314,11 +314,11 @@ def attention_backward_kv_kernel(q, k, v, key_mask, bias, do, lse, delta, dk, dv
 
 
 # Sizes of blocks: rows (queries), keys, warps, stages, by bytes per element and head width E. No card has run them: they are
-# the largest that compile without spills (python -m kernels.compile_check). Cards with 99 KB of shared memory take SMALL.
+# what compiles without spills (python -m kernels.compile_check). BLOCKS fit into the 99 KB of shared memory of every card.
 
 TOKENS, HEADS, PREPASS_WARPS = 16, 4, 4  # of the pre-pass and its backward
 
-LARGE = {
+HOPPER_BLOCKS = {
     "attention_kernel": {2: {32: (128, 128, 8, 3), 64: (128, 128, 8, 3), 128: (128, 64, 8, 3)},
                          4: {32: (64, 32, 4, 2), 64: (64, 32, 4, 2), 128: (32, 32, 4, 2)}},
     "attention_backward_q_kernel": {2: {32: (128, 64, 8, 2), 64: (128, 64, 8, 2), 128: (128, 64, 8, 2)},
@@ -326,18 +326,19 @@ LARGE = {
     "attention_backward_kv_kernel": {2: {32: (64, 128, 8, 2), 64: (64, 128, 8, 2), 128: (64, 64, 8, 2)},
                                      4: {32: (32, 32, 4, 1), 64: (32, 32, 4, 1), 128: (32, 32, 4, 1)}},
 }
-SMALL = {
+BLOCKS = {
     "attention_kernel": {2: {32: (128, 64, 8, 2), 64: (128, 64, 8, 2), 128: (128, 64, 8, 2)},
-                         4: LARGE["attention_kernel"][4]},
-    "attention_backward_q_kernel": {2: {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 32, 4, 2)},
-                                    4: LARGE["attention_backward_q_kernel"][4]},
-    "attention_backward_kv_kernel": {2: {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (32, 64, 4, 2)},
-                                     4: LARGE["attention_backward_kv_kernel"][4]},
+                         4: HOPPER_BLOCKS["attention_kernel"][4]},
+    "attention_backward_q_kernel": {2: {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 4, 2)},
+                                    4: HOPPER_BLOCKS["attention_backward_q_kernel"][4]},
+    "attention_backward_kv_kernel": {2: {32: (64, 64, 8, 2), 64: (64, 64, 8, 2), 128: (32, 64, 8, 2)},
+                                     4: HOPPER_BLOCKS["attention_backward_kv_kernel"][4]},
 }
 
 
-def _options(table: dict, kernel: str, itemsize: int, width: int, length: int) -> dict:
+def _options(table: dict, kernel: str, itemsize: int, width: int, length: int, biased: bool) -> dict:
     rows, keys, warps, stages = table[kernel][2 if runtime.INTERPRETED else itemsize][width]
+    rows = rows // 2 if biased else rows  # the bias takes registers
     return {"E": width, "ROWS": rows, "KEYS": keys, "RAGGED": length % (rows if "_kv_" in kernel else keys) != 0,
             "PRECISION": "tf32" if itemsize == 2 else "ieee", "num_warps": warps, "num_stages": stages}
 
@@ -402,7 +403,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, q_scale: Tensor, k_scale: Tensor,
     out, lse = _outputs(q)
     if out.numel():
         batch, length, heads, width = q.shape
-        options = _options(_tiles(q), "attention_kernel", q.itemsize, width, length)
+        options = _options(_tiles(q), "attention_kernel", q.itemsize, width, length, bias is not None)
         turned = norm_rope(k, k_scale, table, split, 1.0)
         with runtime.on(q.device):
             attention_kernel[triton.cdiv(length, options["ROWS"]), batch * heads](
@@ -428,11 +429,11 @@ def attention_backward(dout: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tens
         x, turned = norm_rope(q, q_scale, table, split, LOG2E / math.sqrt(width)), norm_rope(k, k_scale, table, split, 1.0)
         strides = (*v.stride()[:3], *dout.stride()[:3], *_mask_strides(key_mask, bias))
         with runtime.on(q.device):
-            options = _options(_tiles(q), "attention_backward_q_kernel", q.itemsize, width, length)
+            options = _options(_tiles(q), "attention_backward_q_kernel", q.itemsize, width, length, bias is not None)
             attention_backward_q_kernel[triton.cdiv(length, options["ROWS"]), batch * heads](
                 x, turned, v, key_mask, bias, out, dout, lse, dlse, delta, dq, length, heads, 1 / math.sqrt(width),
                 *strides, **options)
-            options = _options(_tiles(q), "attention_backward_kv_kernel", q.itemsize, width, length)
+            options = _options(_tiles(q), "attention_backward_kv_kernel", q.itemsize, width, length, bias is not None)
             attention_backward_kv_kernel[triton.cdiv(length, options["KEYS"]), batch * heads](
                 x, turned, v, key_mask, bias, dout, lse, delta, dk, dv, length, heads, *strides, **options)
     dq, dq_scale = norm_rope_backward(dq, q, q_scale, table, split)
@@ -470,7 +471,7 @@ def _prepass_grid(x: Tensor) -> tuple[int, int, int]:
 
 
 def _tiles(q: Tensor) -> dict:
-    return LARGE if runtime.large_shared_memory(q.device) else SMALL
+    return HOPPER_BLOCKS if runtime.INTERPRETED or runtime.is_hopper(q.device) else BLOCKS
 
 
 def _batch(x: Tensor) -> int:
@@ -567,9 +568,9 @@ def configurations() -> Iterator[tuple]:
             yield (f"{kernel.__name__} {dtype} E{width}", kernel, _signature(kernel, signature, constants, dtype), constants,
                    PREPASS_WARPS, 3)
         for kernel in (attention_kernel, attention_backward_q_kernel, attention_backward_kv_kernel):
-            for table, targets in ((LARGE, (80, 90)), (SMALL, (89,))):
+            for table, targets in ((HOPPER_BLOCKS, (90,)), (BLOCKS, (80, 89))):
                 for ragged, masked in ((0, False), (1, True)):
-                    constants = _options(table, kernel.__name__, itemsize, width, ragged) | {"STREAMS": 2}
+                    constants = _options(table, kernel.__name__, itemsize, width, ragged, masked) | {"STREAMS": 2}
                     constants |= {} if masked else {"key_mask": None, "bias": None}
                     warps, stages = constants.pop("num_warps"), constants.pop("num_stages")
                     constants = {name: value for name, value in constants.items() if name in kernel.arg_names}

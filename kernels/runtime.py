@@ -56,8 +56,3 @@ def on(device: torch.device):
 @torch.compiler.assume_constant_result
 def is_hopper(device: torch.device) -> bool:
     return capability(device)[0] == 9
-
-
-def large_shared_memory(device: torch.device) -> bool:
-    """Whether a program may use more than the 99 KB that every card since 8.0 has: 163 KB on 8.0, 227 KB on 9.0 and 10.0."""
-    return INTERPRETED or capability(device) in ((8, 0), (8, 7), (9, 0), (10, 0), (10, 3))
