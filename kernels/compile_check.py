@@ -74,7 +74,8 @@ def build(job: tuple[str, int, int]) -> Result:
     kinds = {argument: kind.removesuffix(":16") for argument, kind in signature.items()}
     source = triton.compiler.ASTSource(kernel, kinds, constants, aligned)
     place = triton.backends.compiler.GPUTarget("cuda", target, 32)
-    built = triton.compile(source, target=place, options={"num_warps": warps, "num_stages": stages})
+    options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
+    built = triton.compile(source, target=place, options=options)
     code, usage = built.asm["sass"], resources(built.asm["cubin"])
     products = len(re.findall(r"\b(?:HMMA|HGMMA|QGMMA|IMMA)\b", code))
     expects = "tl.dot" in built.asm["source"] or "tt.dot" in built.asm["ttir"]

@@ -316,7 +316,8 @@ def attention_backward_kv_kernel(q, k, v, key_mask, bias, do, lse, delta, dk, dv
 # Sizes of blocks: rows (queries), keys, warps, stages, by bytes per element and head width E. No card has run them: they are
 # what compiles without spills (python -m kernels.compile_check). BLOCKS fit into the 99 KB of shared memory of every card.
 
-TOKENS, HEADS, PREPASS_WARPS = 16, 4, 4  # of the pre-pass and its backward
+TOKENS, HEADS = 16, 4  # of the pre-pass and its backward
+PREPASS = {"num_warps": 4, "enable_fp_fusion": True}
 
 HOPPER_BLOCKS = {
     "attention_kernel": {2: {32: (128, 128, 8, 3), 64: (128, 128, 8, 3), 128: (128, 64, 8, 3)},
@@ -340,7 +341,8 @@ def _options(table: dict, kernel: str, itemsize: int, width: int, length: int, b
     rows, keys, warps, stages = table[kernel][2 if runtime.INTERPRETED else itemsize][width]
     rows = rows // 2 if biased else rows  # the bias takes registers
     return {"E": width, "ROWS": rows, "KEYS": keys, "RAGGED": length % (rows if "_kv_" in kernel else keys) != 0,
-            "PRECISION": "tf32" if itemsize == 2 else "ieee", "num_warps": warps, "num_stages": stages}
+            "PRECISION": "tf32" if itemsize == 2 else "ieee", "num_warps": warps, "num_stages": stages,
+            "enable_fp_fusion": True}
 
 
 # The operations as torch sees them: opaque, with the shapes of their outputs and their gradients. `table` is pe as real
@@ -354,7 +356,7 @@ def norm_rope(x: Tensor, scale: Tensor, table: Tensor, split: int, multiplier: f
         (_, length, heads, width), grid = x.shape, _prepass_grid(x)
         with runtime.on(x.device):
             norm_rope_kernel[grid](x, scale, table, out, length, heads, split, multiplier, *x.stride()[:3], _batch(table),
-                                   E=width, STREAMS=len(scale), TOKENS=TOKENS, HEADS=HEADS, num_warps=PREPASS_WARPS)
+                                   E=width, STREAMS=len(scale), TOKENS=TOKENS, HEADS=HEADS, **PREPASS)
     return out
 
 
@@ -374,7 +376,7 @@ def norm_rope_backward(dy: Tensor, x: Tensor, scale: Tensor, table: Tensor, spli
     with runtime.on(x.device):
         norm_rope_backward_kernel[grid](x, dy, scale, table, dx, partial, length, heads, split, *x.stride()[:3],
                                         *dy.stride()[:3], _batch(table), E=width, STREAMS=len(scale), TOKENS=TOKENS,
-                                        HEADS=HEADS, num_warps=PREPASS_WARPS)
+                                        HEADS=HEADS, **PREPASS)
     return dx, partial.sum(dim=0).to(scale.dtype)
 
 
@@ -566,7 +568,7 @@ def configurations() -> Iterator[tuple]:
         for kernel in (norm_rope_kernel, norm_rope_backward_kernel):
             constants = {"E": width, "STREAMS": 2, "TOKENS": TOKENS, "HEADS": HEADS}
             yield (f"{kernel.__name__} {dtype} E{width}", kernel, _signature(kernel, signature, constants, dtype), constants,
-                   PREPASS_WARPS, 3)
+                   PREPASS["num_warps"], 3)
         for kernel in (attention_kernel, attention_backward_q_kernel, attention_backward_kv_kernel):
             for table, targets in ((HOPPER_BLOCKS, (90,)), (BLOCKS, (80, 89))):
                 for ragged, masked in ((0, False), (1, True)):
