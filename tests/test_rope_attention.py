@@ -17,7 +17,9 @@ from torch.utils.checkpoint import checkpoint
 
 from flux import attention, layers
 from flux.config import TINY
+from flux.errors import UserError
 from flux.layers import QKNorm
+from flux.model import Flux
 from kernels import compile_check, rope_attention, runtime
 from kernels.rope_attention import norm_rope_reference, reference, why_not, with_lse
 
@@ -99,6 +101,8 @@ def test_a_machine_without_a_card_takes_the_reference():
     assert error(rope_attention.rope_attention(*given, pe, split), reference(*given, pe, split)[0].double()) < 1e-6
     with pytest.raises(ValueError, match="take auto"):
         rope_attention.rope_attention(*given, pe, split, way="triton")
+    with pytest.raises(UserError, match="take --attention auto"):
+        attention.choose(Flux(TINY), "triton", torch.device("cpu"), torch.float32)
 
 
 def test_what_the_kernels_do_not_take_is_said():
