@@ -1,13 +1,18 @@
 """Rotary positions (arXiv 2104.09864, over three axes) and the joint attention of text and image tokens.
 
 Tokens stay (B, L, H, E) in memory: a projection writes that layout, attention reads and returns it, and merging the
-heads is a view.
+heads is a view. On a GPU `kernels/rope_attention.py` does it all; what stands here is the release step by step, for the CPU.
 """
+
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from torch import Tensor
+from torch import Tensor, nn
+
+from flux.errors import UserError
+from kernels.rope_attention import rope_attention, why_not
 
 
 def rotary_table(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> Tensor:
@@ -34,9 +39,31 @@ def rotate(x: Tensor, pe: Tensor) -> Tensor:
     return torch.view_as_real(pairs * pe).flatten(3).to(x.dtype)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor) -> Tensor:
-    """Normalised q, k and v (B, L, H, E), pe (B, L, 1, E/2) -> (B, L, H*E). No mask: padded text attends too."""
+def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor, norms: Sequence[nn.Module] = (), split: int = 0,
+              way: str = "auto") -> Tensor:
+    """q, k, v (B, L, H, E), pe (B or 1, L, 1, E/2) -> (B, L, H*E). No mask: padded text attends too.
+
+    `norms` are the QKNorm of the tokens before `split` and of the others, or one for all; none if q and k are normalised.
+    """
+    if norms and (way == "triton" or not why_not(q.device, q.dtype, q.shape[-1])):
+        q_scale = torch.stack([norm.query_norm.scale for norm in norms])
+        k_scale = torch.stack([norm.key_norm.scale for norm in norms])
+        return rope_attention(q, k, v, q_scale, k_scale, pe, split, way=way).flatten(2)
+    if len(norms) == 2:
+        lengths = (split, q.shape[1] - split)
+        streams = zip(norms, *(x.split(lengths, dim=1) for x in (q, k, v)), strict=True)
+        q, k = (torch.cat(parts, dim=1) for parts in zip(*(norm(*qkv) for norm, *qkv in streams), strict=True))
+    elif norms:
+        q, k = norms[0](q, k, v)
     q = rotate(q, pe)
     k = rotate(k, pe)
     out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
     return out.transpose(1, 2).flatten(2)
+
+
+def choose(flux: nn.Module, way: str, device: torch.device, dtype: torch.dtype) -> None:
+    """--attention auto, sdpa or triton, for every block of the transformer."""
+    if way == "triton" and (fault := why_not(device, dtype, flux.config.head_dim)):
+        raise UserError(f"--attention triton cannot run here ({fault}), expected auto or sdpa; take --attention auto")
+    for block in (*flux.double_blocks, *flux.single_blocks):
+        block.attention_way = way

@@ -95,6 +95,8 @@ def _mlp(config: FluxConfig) -> nn.Sequential:
 class DoubleStreamBlock(nn.Module):
     """Image and text keep their own weights and meet in one attention."""
 
+    attention_way = "auto"  # or sdpa, triton: see kernels/rope_attention.py
+
     def __init__(self, config: FluxConfig):
         super().__init__()
         self.img_mod = Modulation(config.hidden_size, 6)
@@ -121,16 +123,16 @@ class DoubleStreamBlock(nn.Module):
 
         The projections are joined before the norms, so that the backward pass keeps v once.
         """
-        lengths = (txt.shape[1], img.shape[1])
         joined = torch.cat((self.txt_attn.qkv(txt), self.img_attn.qkv(img)), dim=1)
         q, k, v = (rearrange(x, "b l (h e) -> b l h e", h=self.txt_attn.num_heads) for x in joined.chunk(3, dim=-1))
-        txt_qk, img_qk = zip(q.split(lengths, dim=1), k.split(lengths, dim=1), strict=True)
-        pairs = zip(self.txt_attn.norm(*txt_qk, v), self.img_attn.norm(*img_qk, v), strict=True)
-        return attention(*(torch.cat(pair, dim=1) for pair in pairs), v, pe).split(lengths, dim=1)
+        joined = attention(q, k, v, pe, (self.txt_attn.norm, self.img_attn.norm), txt.shape[1], self.attention_way)
+        return joined.split((txt.shape[1], img.shape[1]), dim=1)
 
 
 class SingleStreamBlock(nn.Module):
     """Attention and MLP side by side on the joined tokens, with one projection in and one out."""
+
+    attention_way = "auto"
 
     def __init__(self, config: FluxConfig):
         super().__init__()
@@ -150,7 +152,7 @@ class SingleStreamBlock(nn.Module):
         """linear1's output (B, L, 3D + 4D), freed on return -> attention beside MLP (B, L, D + 4D)."""
         *qkv, mlp = joined.split(self.widths, dim=-1)
         q, k, v = (rearrange(x, "b l (h e) -> b l h e", h=self.num_heads) for x in qkv)
-        return BesideGelu.apply(attention(*self.norm(q, k, v), v, pe), mlp)
+        return BesideGelu.apply(attention(q, k, v, pe, (self.norm,), way=self.attention_way), mlp)
 
 
 class BesideGelu(torch.autograd.Function):

@@ -35,6 +35,7 @@ class Sampling:
     out: Path = Path("out")  # folder for the pictures; nothing in it is overwritten
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes the first GPU there is
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"  # of weights and arithmetic; auto is bf16 on GPU, else fp32
+    attention: Literal["auto", "sdpa", "triton"] = "auto"  # torch's attention or our kernel; auto: the faster, if known
     store: Literal["plain", "fp8", "int8"] = "plain"  # how the transformer's weights lie in memory: in 8 bits they take half
     reuse: float | None = None  # change of the first block below which a step takes the others' work from the last; try 0.1
     compile: bool = False  # torch.compile of the transformer's blocks: a minute before the first step, then faster ones

@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-         for folder in ("flux", "lora", "vlm_client") for path in (ROOT / folder).rglob("*.py")}
+         for folder in ("flux", "lora", "vlm_client", "kernels") for path in (ROOT / folder).rglob("*.py")}
 COMMANDS = {"lora.__main__", "lora.bench", "lora.bench_retrieval"}
 
 
@@ -17,7 +17,7 @@ def imported(name: str) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return names & FILES.keys() - {name, "flux", "lora", "vlm_client"}
+    return names & FILES.keys() - {name, "flux", "lora", "vlm_client", "kernels"}
 
 
 GRAPH = {name: imported(name) for name in FILES}
@@ -53,3 +53,9 @@ def test_the_client_of_critics_knows_nothing_of_ours():
     for name in FILES:
         if name.startswith("vlm_client"):
             assert all(other.startswith("vlm_client") for other in GRAPH[name]), name
+
+
+def test_kernels_know_none_of_ours():
+    for name in FILES:
+        if name.startswith("kernels."):
+            assert all(other.startswith("kernels.") for other in GRAPH[name]), name

@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from flux import (
     adapters,
+    attention,
     checkpoint,
     compiled,
     conditioning,
@@ -85,6 +86,7 @@ class TextToImage(Conditioned):
             fixed = inputs.encode(given, autoencoder, model, seen)
             transformer = plan.transformer(found, model, place)
             adapters.attach(loras, "flux", transformer)
+            attention.choose(transformer, self.attention, place, dtype)
             if self.compile:
                 compiled.compile_blocks(transformer, self.cuda_graphs)
             left = flow.remaining(times, given.strength)
