@@ -88,14 +88,13 @@ def around_sum(mix: Tensor, beta: Tensor | float, count: int, compete: bool = Fa
 
 
 def fold(gate: Gate) -> Tensor:
-    """c0, c1, c2, c3, k0, k1 as (6, O) in float32 or float64, differentiable."""
-    wide = torch.promote_types(gate.bias.dtype, torch.float32)
-    w_b, w_l, w_c, b, base_gain, base_shift, lora_gain, lora_shift, k0, k1 = (part.to(wide) for part in gate[:10])
+    """c0, c1, c2, c3, k0, k1 as (6, O) in float32 or float64, rounded once; differentiable."""
+    w_b, w_l, w_c, b, base_gain, base_shift, lora_gain, lora_shift, k0, k1 = (part.double() for part in gate[:10])
     c0 = w_b * base_shift + b + (w_l + w_c * base_shift) * lora_shift
     c1 = base_gain * (w_b + w_c * lora_shift)
     c2 = lora_gain * (w_l + w_c * base_shift)
     c3 = w_c * base_gain * lora_gain
-    return torch.stack((c0, c1, c2, c3, k0, k1))
+    return torch.stack((c0, c1, c2, c3, k0, k1)).to(torch.promote_types(gate.bias.dtype, torch.float32))
 
 
 def eager(y: Tensor, deltas: Sequence[Tensor], gate: Gate | None, strengths: Sequence[float] | Tensor | None = None,
@@ -161,10 +160,11 @@ class Stack:
 
 
 def stack(loras: Sequence[Sequence[tuple[Tensor, Tensor, int]]], outputs: int, slices: Sequence[int] | None = None,
-          dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu") -> Stack | None:
+          dtype: torch.dtype = torch.float32, device: torch.device | str = "cpu", gated: bool = True) -> Stack | None:
     """Of N LoRAs, each any number of terms (A (r, K), B (rows, r) with its scale, first row); None if all are empty.
 
-    Gradients reach A and B. On a GPU every LoRA begins at a multiple of 16 ranks, so that loads are aligned.
+    Gradients reach A and B. Only the plain sum can do without what the gates' statistics need (`gated`). On a GPU
+    every term is filled up to a multiple of 16 ranks, so that loads are aligned.
     """
     slices = list(slices or [outputs])
     assert sum(slices) == outputs, f"slices {slices} of {outputs} outputs"
@@ -177,15 +177,11 @@ def stack(loras: Sequence[Sequence[tuple[Tensor, Tensor, int]]], outputs: int, s
     for i in present:
         for A, B, start in sorted(loras[i], key=lambda term: (term[2], len(term[1]))):  # neighbours in rows are in ranks
             assert start >= 0 and start + len(B) <= outputs and len(A) == B.shape[1], (A.shape, B.shape, start, outputs)
-            As.append(F.pad(A.to(device, dtype), (0, width - A.shape[1])))
-            Bs.append(F.pad(B.to(device, dtype).T, (start, outputs - start - len(B))))
-            extents.append((len(bounds) - 1, start, start + len(B), ranks, ranks + len(A)))
-            ranks += len(A)
-        if ranks % multiple or ranks == bounds[-1]:
-            more = -ranks % multiple or multiple
-            As.append(torch.zeros(more, width, device=device, dtype=dtype))
-            Bs.append(torch.zeros(more, outputs, device=device, dtype=dtype))
-            ranks += more
+            more = -len(A) % multiple
+            As.append(F.pad(A.to(device, dtype), (0, width - A.shape[1], 0, more)))
+            Bs.append(F.pad(B.to(device, dtype).T, (start, outputs - start - len(B), 0, more)))
+            extents.append((len(bounds) - 1, start, start + len(B), ranks, ranks + len(A) + more))
+            ranks += len(A) + more
         bounds.append(ranks)
     edges = [0, *torch.tensor(slices).cumsum(0).tolist()]
     cuts = sorted({*edges, *(edge for _, start, stop, _, _ in extents for edge in (start, stop))})
@@ -196,7 +192,7 @@ def stack(loras: Sequence[Sequence[tuple[Tensor, Tensor, int]]], outputs: int, s
             used += (min(a for a, _ in here), max(b for _, b in here)) if here else (bounds[i], bounds[i])
     layout = Layout(tuple(edges), tuple(bounds), tuple(cuts), tuple(used))
     A, B = torch.cat(As), torch.cat(Bs)
-    root, mean = moments(B, layout)
+    root, mean = moments(B, layout) if gated else B.new_empty(2, 0, dtype=torch.promote_types(dtype, torch.float32))
     missing = len(present) < len(loras)
     return Stack(A, B, root, mean, layout, torch.tensor(present, device=device) if missing else None)
 
@@ -360,66 +356,77 @@ def normed_gradient(dn: Tensor, n: Tensor, rstd: Tensor) -> Tensor:
 
 BN = 64
 BLOCKS = {  # kernel: rows, warps, stages. Chosen for no spills (`configurations`), not yet by a clock
-    "base_statistics": (4, 4, 1), "lora_statistics": (64, 4, 1), "apply": (64, 8, 2), "sweep": (64, 8, 1),
-    "finish": (64, 8, 1), "rank_gradient": (64, 8, 1), "factor_gradient": (64, 8, 1)}
+    "base_statistics": (4, 4, 1), "lora_statistics": (64, 4, 1), "apply": (32, 4, 2), "sweep": (32, 8, 1),
+    "finish": (32, 4, 1), "rank_gradient": (32, 8, 1), "factor_gradient": (32, 8, 1)}
 
 
 @jit
-def _tile(rows, tiles_ptr, t, M, BN: tl.constexpr):
-    """Rows and outputs of a tile, and which of them exist; its slice and its segment."""
-    start, stop = tl.load(tiles_ptr + 4 * t), tl.load(tiles_ptr + 4 * t + 1)
-    cols = start.to(tl.int64) + tl.arange(0, BN)
-    return rows, rows < M, cols, cols < stop, tl.load(tiles_ptr + 4 * t + 2).to(tl.int64), tl.load(tiles_ptr + 4 * t + 3)
+def _aligned(ptr, ALIGN: tl.constexpr):
+    """A number out of a table, known to be a multiple of ALIGN: so that loads from there may be wide."""
+    return tl.multiple_of(tl.load(ptr), ALIGN)
 
 
 @jit
-def _rows(BM: tl.constexpr):
-    return tl.program_id(0).to(tl.int64) * BM + tl.arange(0, BM)
+def _tile(row, tiles_ptr, t, M, BM: tl.constexpr, BN: tl.constexpr, ALIGN: tl.constexpr):
+    """Tile t at `row`, an int64: what lies within a tile is counted from there in int32, which saves half the registers of
+    an address. Lanes of rows and which exist; outputs and which exist; slice; segment."""
+    start, stop = _aligned(tiles_ptr + 4 * t, ALIGN), _aligned(tiles_ptr + 4 * t + 1, ALIGN)
+    lanes, cols = tl.arange(0, BM), start + tl.arange(0, BN)
+    s, segment = tl.load(tiles_ptr + 4 * t + 2).to(tl.int64), tl.load(tiles_ptr + 4 * t + 3)
+    return row, lanes, lanes < M - row, cols, cols < stop, s, segment
+
+
+@jit
+def _first_row(BM: tl.constexpr):
+    return tl.program_id(0).to(tl.int64) * BM
 
 
 @jit
 def _read(ptr, stride, tile):
     """(BM, BN) of a matrix with M rows, in float32."""
-    rows, inside, cols, within, _, _ = tile
-    x = tl.load(ptr + rows[:, None] * stride + cols[None, :], mask=inside[:, None] & within[None, :], other=0.0)
-    return x.to(tl.float32)
+    row, lanes, inside, cols, within, _, _ = tile
+    at = ptr + row * stride + (lanes[:, None] * stride + cols[None, :])
+    return tl.load(at, mask=inside[:, None] & within[None, :], other=0.0).to(tl.float32)
 
 
 @jit
-def _write(ptr, value, O, tile):
-    rows, inside, cols, within, _, _ = tile
-    value = value.to(ptr.dtype.element_ty)
-    tl.store(ptr + rows[:, None] * O + cols[None, :], value, mask=inside[:, None] & within[None, :])
+def _write(ptr, value, stride, tile):
+    row, lanes, inside, cols, within, _, _ = tile
+    at = ptr + row * stride + (lanes[:, None] * stride + cols[None, :])
+    tl.store(at, value.to(ptr.dtype.element_ty), mask=inside[:, None] & within[None, :])
 
 
 @jit
 def _coefficient(gate_ptr, which, O, tile):
     """c0 to c3, k0, k1: (1, BN)."""
-    _, _, cols, within, _, _ = tile
+    _, _, _, cols, within, _, _ = tile
     return tl.load(gate_ptr + which * O + cols, mask=within, other=0.0)[None, :]
 
 
 @jit
 def _moments(stats_ptr, member, N, M, tile):
     """Both numbers that (S, N + 1, 2, M) holds of a member (0: base, i + 1: LoRA i): (BM, 1) each."""
-    rows, inside, _, _, s, _ = tile
-    at = stats_ptr + (s * (N + 1) + member) * 2 * M + rows
+    row, lanes, inside, _, _, s, _ = tile
+    at = stats_ptr + (s * (N + 1) + member) * 2 * M + row + lanes
     return tl.load(at, mask=inside, other=0.0)[:, None], tl.load(at + M, mask=inside, other=0.0)[:, None]
 
 
 @jit
-def _low_rank(i, loras, sizes, tile, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr):
+def _low_rank(i, loras, sizes, tile, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, ALIGN: tl.constexpr):
     """l_i on one tile, from the ranks at work there."""
     h_ptr, h_stride, B_ptr, ranges_ptr, _, _ = loras
     _, O, N, _, _ = sizes
-    rows, inside, cols, within, _, segment = tile
-    first, stop = tl.load(ranges_ptr + 2 * (segment * N + i)), tl.load(ranges_ptr + 2 * (segment * N + i) + 1)
+    row, lanes, inside, cols, within, _, segment = tile
+    here = ranges_ptr + 2 * (segment * N + i)
+    first, stop = _aligned(here, ALIGN), _aligned(here + 1, ALIGN)
     l = tl.zeros((BM, BN), tl.float32)
     for r in range(first, stop, BR):
-        ranks = (r + tl.arange(0, BR)).to(tl.int64)
-        known = ranks < stop
-        h = tl.load(h_ptr + rows[:, None] * h_stride + ranks[None, :], mask=inside[:, None] & known[None, :], other=0.0)
-        B = tl.load(B_ptr + ranks[:, None] * O + cols[None, :], mask=known[:, None] & within[None, :], other=0.0)
+        ranks = tl.arange(0, BR)
+        known = ranks < stop - r
+        h = tl.load(h_ptr + row * h_stride + r + (lanes[:, None] * h_stride + ranks[None, :]),
+                    mask=inside[:, None] & known[None, :], other=0.0)
+        B = tl.load(B_ptr + first.to(tl.int64) * O + ((r - first + ranks)[:, None] * O + cols[None, :]),
+                    mask=known[:, None] & within[None, :], other=0.0)
         l = tl.dot(h, B, l, input_precision="ieee")
     return l
 
@@ -436,17 +443,18 @@ def _base(y_ptr, y_stride, gate_ptr, stats_ptr, sizes, tile):
 
 
 @jit
-def _member(i, p, q, loras, sizes, tile, OFFSET: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr):
+def _member(i, p, q, loras, sizes, tile, OFFSET: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr,
+            ALIGN: tl.constexpr):
     """l_i, n_i, z_i and rho_i on one tile."""
     _, _, _, _, stats_ptr, offset_ptr = loras
     M, _, N, S, tokens = sizes
-    rows, inside, _, _, s, _ = tile
-    l = _low_rank(i, loras, sizes, tile, BM, BN, BR)
+    row, lanes, inside, _, _, s, _ = tile
+    l = _low_rank(i, loras, sizes, tile, BM, BN, BR, ALIGN)
     mean, rstd = _moments(stats_ptr, i + 1, N, M, tile)
     n = (l - mean) * rstd
     z = p + q * n
     if OFFSET:
-        z += tl.load(offset_ptr + ((rows // tokens) * N + i) * S + s, mask=inside, other=0.0)[:, None]
+        z += tl.load(offset_ptr + (((row.to(tl.int32) + lanes) // tokens) * N + i) * S + s, mask=inside, other=0.0)[:, None]
     return l, n, z, rstd
 
 
@@ -464,21 +472,21 @@ def _sigmoid(z, FAST: tl.constexpr):
 @jit
 def base_statistics(y_ptr, stats_ptr, slices_ptr, y_stride, M, N, BM: tl.constexpr, WIDE: tl.constexpr):
     """Program (rows, slice): mean and centred squares of WIDE columns at a time, joined one after the other."""
-    rows, s = _rows(BM), tl.program_id(1).to(tl.int64)
-    inside, start, stop = rows < M, tl.load(slices_ptr + s), tl.load(slices_ptr + s + 1)
+    row, lanes, s = _first_row(BM), tl.arange(0, BM), tl.program_id(1).to(tl.int64)
+    inside, start, stop = lanes < M - row, tl.load(slices_ptr + s), tl.load(slices_ptr + s + 1)
     mean, squares = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32)
     for at in range(start, stop, WIDE):
         cols = at + tl.arange(0, WIDE)
         within = cols < stop
-        y = tl.load(y_ptr + rows[:, None] * y_stride + cols[None, :], mask=inside[:, None] & within[None, :], other=0.0)
-        y = y.to(tl.float32)
+        y = tl.load(y_ptr + row * y_stride + (lanes[:, None] * y_stride + cols[None, :]),
+                    mask=inside[:, None] & within[None, :], other=0.0).to(tl.float32)
         before, more = (at - start).to(tl.float32), (tl.minimum(stop, at + WIDE) - at).to(tl.float32)
         here = tl.sum(y, 1) / more
         centred = tl.where(within[None, :], y - here[:, None], 0.0)
         step = here - mean
         mean += step * (more / (before + more))
         squares += tl.sum(centred * centred, 1) + step * step * (before * more / (before + more))
-    out = stats_ptr + s * (N + 1) * 2 * M + rows
+    out = stats_ptr + s * (N + 1) * 2 * M + row + lanes
     tl.store(out, mean, mask=inside)
     tl.store(out + M, 1.0 / tl.sqrt(squares / (stop - start).to(tl.float32) + 1e-5), mask=inside)
 
@@ -486,8 +494,8 @@ def base_statistics(y_ptr, stats_ptr, slices_ptr, y_stride, M, N, BM: tl.constex
 @jit
 def lora_statistics(h_ptr, root_ptr, mean_ptr, stats_ptr, roots_ptr, h_stride, M, R, N, BM: tl.constexpr, BR: tl.constexpr):
     """Program (rows, slice and LoRA): mu = h . b, and rho from |F h|^2, BR entries of F h at a time."""
-    rows, pair = _rows(BM), tl.program_id(1).to(tl.int64)
-    inside, s, i = rows < M, pair // N, pair % N
+    row, lanes, pair = _first_row(BM), tl.arange(0, BM), tl.program_id(1).to(tl.int64)
+    inside, s, i = lanes < M - row, pair // N, pair % N
     first, stop, at = tl.load(roots_ptr + 3 * pair), tl.load(roots_ptr + 3 * pair + 1), tl.load(roots_ptr + 3 * pair + 2)
     mean, squares, count = tl.zeros((BM,), tl.float32), tl.zeros((BM,), tl.float32), stop - first
     for k in range(0, count, BR):
@@ -496,15 +504,15 @@ def lora_statistics(h_ptr, root_ptr, mean_ptr, stats_ptr, roots_ptr, h_stride, M
         for j in range(0, count, BR):
             right = j + tl.arange(0, BR)
             known = right < count
-            h = tl.load(h_ptr + rows[:, None] * h_stride + (first + right)[None, :], mask=inside[:, None] & known[None, :],
-                        other=0.0).to(tl.float32)
+            h = tl.load(h_ptr + row * h_stride + first + (lanes[:, None] * h_stride + right[None, :]),
+                        mask=inside[:, None] & known[None, :], other=0.0).to(tl.float32)
             F_i = tl.load(root_ptr + at + left[None, :] * count + right[:, None],
                           mask=known[:, None] & (left < count)[None, :], other=0.0)           # (right, left): F^T
             Fh = tl.dot(h, F_i, Fh, input_precision="ieee")
             if k == 0:
                 mean += tl.sum(h * tl.load(mean_ptr + s * R + first + right, mask=known, other=0.0)[None, :], 1)
         squares += tl.sum(Fh * Fh, 1)
-    out = stats_ptr + (s * (N + 1) + i + 1) * 2 * M + rows
+    out = stats_ptr + (s * (N + 1) + i + 1) * 2 * M + row + lanes
     tl.store(out, mean, mask=inside)
     tl.store(out + M, 1.0 / tl.sqrt(squares + 1e-5), mask=inside)
 
@@ -512,11 +520,11 @@ def lora_statistics(h_ptr, root_ptr, mean_ptr, stats_ptr, roots_ptr, h_stride, M
 @jit
 def apply(y_ptr, h_ptr, B_ptr, out_ptr, gate_ptr, stats_ptr, strength_ptr, offset_ptr, tiles_ptr, ranges_ptr, y_stride,
           h_stride, M, O, N, S, tokens, GATED: tl.constexpr, COMPETE: tl.constexpr, OFFSET: tl.constexpr, FAST: tl.constexpr,
-          BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr):
+          BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr, ALIGN: tl.constexpr):
     """Program (rows, tile): the sum over all LoRAs. The softmax of `compete` is kept running: its largest logit so far, the
     sum of exponentials, and the sum of l_i weighted by them."""
     loras, sizes = (h_ptr, h_stride, B_ptr, ranges_ptr, stats_ptr, offset_ptr), (M, O, N, S, tokens)
-    tile = _tile(_rows(BM), tiles_ptr, tl.program_id(1), M, BN)
+    tile = _tile(_first_row(BM), tiles_ptr, tl.program_id(1), M, BM, BN, ALIGN)
     total = tl.zeros((BM, BN), tl.float32)
     if GATED:
         y, _, p, q = _base(y_ptr, y_stride, gate_ptr, stats_ptr, sizes, tile)
@@ -524,7 +532,7 @@ def apply(y_ptr, h_ptr, B_ptr, out_ptr, gate_ptr, stats_ptr, strength_ptr, offse
         if COMPETE:
             largest, exps = tl.full((BM, BN), float("-inf"), tl.float32), tl.zeros((BM, BN), tl.float32)
         for i in range(N):
-            l, n, z, rho = _member(i, p, q, loras, sizes, tile, OFFSET, BM, BN, BR)
+            l, n, z, rho = _member(i, p, q, loras, sizes, tile, OFFSET, BM, BN, BR, ALIGN)
             l *= tl.load(strength_ptr + i)
             total += l
             if COMPETE:
@@ -539,27 +547,28 @@ def apply(y_ptr, h_ptr, B_ptr, out_ptr, gate_ptr, stats_ptr, strength_ptr, offse
     else:
         y = _read(y_ptr, y_stride, tile)
         for i in range(N):
-            total += tl.load(strength_ptr + i) * _low_rank(i, loras, sizes, tile, BM, BN, BR)
+            total += tl.load(strength_ptr + i) * _low_rank(i, loras, sizes, tile, BM, BN, BR, ALIGN)
     _write(out_ptr, y + total, O, tile)
 
 
 @jit
 def sweep(y_ptr, h_ptr, B_ptr, grad_ptr, gate_ptr, stats_ptr, strength_ptr, offset_ptr, tiles_ptr, ranges_ptr, t_ptr,
           by_row_ptr, by_column_ptr, lse_ptr, mixed_ptr, y_stride, h_stride, grad_stride, M, O, N, S, tokens,
-          COMPETE: tl.constexpr, OFFSET: tl.constexpr, FAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BR: tl.constexpr):
+          COMPETE: tl.constexpr, OFFSET: tl.constexpr, FAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
+          BR: tl.constexpr, ALIGN: tl.constexpr):
     """Program (rows, tile): t = g + rho_b dn_b, and what is summed over rows or outputs. Partial sums, added up afterwards
     in the same order every time: by_row (tiles, N + 1, 3, M) of dn, dn n and dz; by_column (blocks of rows, 6, O).
     `compete` also keeps log sum exp z and sum G a."""
     loras, sizes = (h_ptr, h_stride, B_ptr, ranges_ptr, stats_ptr, offset_ptr), (M, O, N, S, tokens)
-    tile = _tile(_rows(BM), tiles_ptr, tl.program_id(1), M, BN)
-    rows, inside, cols, within, _, _ = tile
+    tile = _tile(_first_row(BM), tiles_ptr, tl.program_id(1), M, BM, BN, ALIGN)
+    row, lanes, inside, cols, within, _, _ = tile
     _, n_b, p, q = _base(y_ptr, y_stride, gate_ptr, stats_ptr, sizes, tile)
     g = _read(grad_ptr, grad_stride, tile)
     if COMPETE:
         largest, exps = tl.full((BM, BN), float("-inf"), tl.float32), tl.zeros((BM, BN), tl.float32)
         mixed = tl.zeros((BM, BN), tl.float32)
         for i in range(N):
-            l, n, z, rho = _member(i, p, q, loras, sizes, tile, OFFSET, BM, BN, BR)
+            l, n, z, rho = _member(i, p, q, loras, sizes, tile, OFFSET, BM, BN, BR, ALIGN)
             new = tl.maximum(largest, z)
             fade, each = tl.exp(largest - new), tl.exp(z - new)
             mixed = mixed * fade + each * (g * l * tl.load(strength_ptr + i))
@@ -569,9 +578,10 @@ def sweep(y_ptr, h_ptr, B_ptr, grad_ptr, gate_ptr, stats_ptr, strength_ptr, offs
         _write(mixed_ptr, mixed, O, tile)
     sum_a, sum_Ga = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
     sum_dz, sum_dzn = tl.zeros((BM, BN), tl.float32), tl.zeros((BM, BN), tl.float32)
-    k1, row_ptr = _coefficient(gate_ptr, 5, O, tile), by_row_ptr + tl.program_id(1).to(tl.int64) * (N + 1) * 3 * M + rows
+    k1 = _coefficient(gate_ptr, 5, O, tile)
+    row_ptr = by_row_ptr + tl.program_id(1).to(tl.int64) * (N + 1) * 3 * M + row + lanes
     for i in range(N):
-        l, n, z, rho = _member(i, p, q, loras, sizes, tile, OFFSET, BM, BN, BR)
+        l, n, z, rho = _member(i, p, q, loras, sizes, tile, OFFSET, BM, BN, BR, ALIGN)
         a = g * l * tl.load(strength_ptr + i)
         if COMPETE:
             G = tl.exp(z - lse)
@@ -602,9 +612,10 @@ def sweep(y_ptr, h_ptr, B_ptr, grad_ptr, gate_ptr, stats_ptr, strength_ptr, offs
 
 
 @jit
-def finish(y_ptr, t_ptr, stats_ptr, means_ptr, tiles_ptr, y_stride, M, O, N, BM: tl.constexpr, BN: tl.constexpr):
+def finish(y_ptr, t_ptr, stats_ptr, means_ptr, tiles_ptr, y_stride, M, O, N, BM: tl.constexpr, BN: tl.constexpr,
+           ALIGN: tl.constexpr):
     """Program (rows, tile): dy = t - rho_b (m1 + n_b m2) in t's place, m1 and m2 the means of dn_b and dn_b n_b."""
-    tile = _tile(_rows(BM), tiles_ptr, tl.program_id(1), M, BN)
+    tile = _tile(_first_row(BM), tiles_ptr, tl.program_id(1), M, BM, BN, ALIGN)
     mean, rstd = _moments(stats_ptr, 0, N, M, tile)
     m1, m2 = _moments(means_ptr, 0, N, M, tile)
     n_b = (_read(y_ptr, y_stride, tile) - mean) * rstd
@@ -614,13 +625,13 @@ def finish(y_ptr, t_ptr, stats_ptr, means_ptr, tiles_ptr, y_stride, M, O, N, BM:
 @jit
 def _output_gradient(i, y_ptr, y_stride, grad_ptr, grad_stride, gate_ptr, means_ptr, strength_ptr, lse_ptr, mixed_ptr, loras,
                      sizes, tile, COMPETE: tl.constexpr, OFFSET: tl.constexpr, FAST: tl.constexpr, BM: tl.constexpr,
-                     BN: tl.constexpr, BR: tl.constexpr):
+                     BN: tl.constexpr, BR: tl.constexpr, ALIGN: tl.constexpr):
     """dl_i on one tile, 0 outside of it."""
     _, _, _, _, stats_ptr, _ = loras
     M, O, N, _, _ = sizes
-    _, inside, _, within, _, _ = tile
+    _, _, inside, _, within, _, _ = tile
     _, _, p, q = _base(y_ptr, y_stride, gate_ptr, stats_ptr, sizes, tile)
-    l, n, z, rstd = _member(i, p, q, loras, sizes, tile, OFFSET, BM, BN, BR)
+    l, n, z, rstd = _member(i, p, q, loras, sizes, tile, OFFSET, BM, BN, BR, ALIGN)
     g = _read(grad_ptr, grad_stride, tile) * tl.load(strength_ptr + i)
     k1 = _coefficient(gate_ptr, 5, O, tile)
     if COMPETE:
@@ -638,51 +649,52 @@ def _output_gradient(i, y_ptr, y_stride, grad_ptr, grad_stride, gate_ptr, means_
 def rank_gradient(y_ptr, h_ptr, B_ptr, grad_ptr, gate_ptr, stats_ptr, means_ptr, strength_ptr, offset_ptr, tiles_ptr,
                   ranges_ptr, chunks_ptr, lse_ptr, mixed_ptr, dh_ptr, y_stride, h_stride, grad_stride, M, O, N, S, tokens, R,
                   tiles, COMPETE: tl.constexpr, OFFSET: tl.constexpr, FAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                  BR: tl.constexpr):
+                  BR: tl.constexpr, ALIGN: tl.constexpr):
     """Program (rows, chunk: BR ranks of one LoRA): dh = sum over tiles of dl B^T, tiles without these ranks left out."""
     loras, sizes = (h_ptr, h_stride, B_ptr, ranges_ptr, stats_ptr, offset_ptr), (M, O, N, S, tokens)
-    rows, chunk = _rows(BM), chunks_ptr + 3 * tl.program_id(1)
-    i, first, stop = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2)
-    ranks = (first + tl.arange(0, BR)).to(tl.int64)
-    known = ranks < stop
+    row, chunk, ranks = _first_row(BM), chunks_ptr + 3 * tl.program_id(1), tl.arange(0, BR)
+    i, first, stop = tl.load(chunk), _aligned(chunk + 1, ALIGN), _aligned(chunk + 2, ALIGN)
+    known = ranks < stop - first
     dh = tl.zeros((BM, BR), tl.float32)
     for t in range(tiles):
-        tile = _tile(rows, tiles_ptr, t, M, BN)
-        _, _, cols, within, _, segment = tile
+        tile = _tile(row, tiles_ptr, t, M, BM, BN, ALIGN)
+        _, _, _, cols, within, _, segment = tile
         here = ranges_ptr + 2 * (segment * N + i)
         if (tl.load(here) < stop) & (tl.load(here + 1) > first):
             dl = _output_gradient(i, y_ptr, y_stride, grad_ptr, grad_stride, gate_ptr, means_ptr, strength_ptr, lse_ptr,
-                                  mixed_ptr, loras, sizes, tile, COMPETE, OFFSET, FAST, BM, BN, BR)
-            B = tl.load(B_ptr + ranks[:, None] * O + cols[None, :], mask=known[:, None] & within[None, :], other=0.0)
+                                  mixed_ptr, loras, sizes, tile, COMPETE, OFFSET, FAST, BM, BN, BR, ALIGN)
+            B = tl.load(B_ptr + first.to(tl.int64) * O + (ranks[:, None] * O + cols[None, :]),
+                        mask=known[:, None] & within[None, :], other=0.0)
             dh = tl.dot(dl.to(B.dtype), tl.trans(B), dh, input_precision="ieee")
-    at = dh_ptr + rows[:, None] * R + ranks[None, :]
-    tl.store(at, dh.to(dh_ptr.dtype.element_ty), mask=(rows < M)[:, None] & known[None, :])
+    lanes = tl.arange(0, BM)
+    at = dh_ptr + row * R + first + (lanes[:, None] * R + ranks[None, :])
+    tl.store(at, dh.to(dh_ptr.dtype.element_ty), mask=(lanes < M - row)[:, None] & known[None, :])
 
 
 @jit
 def factor_gradient(y_ptr, h_ptr, B_ptr, grad_ptr, gate_ptr, stats_ptr, means_ptr, strength_ptr, offset_ptr, tiles_ptr,
                     ranges_ptr, chunks_ptr, lse_ptr, mixed_ptr, dB_ptr, y_stride, h_stride, grad_stride, M, O, N, S, tokens,
                     COMPETE: tl.constexpr, OFFSET: tl.constexpr, FAST: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr,
-                    BR: tl.constexpr):
+                    BR: tl.constexpr, ALIGN: tl.constexpr):
     """Program (tile, chunk): dB = sum over rows of h^T dl; 0 where the tile has none of these ranks."""
     loras, sizes = (h_ptr, h_stride, B_ptr, ranges_ptr, stats_ptr, offset_ptr), (M, O, N, S, tokens)
-    chunk = chunks_ptr + 3 * tl.program_id(1)
-    i, first, stop = tl.load(chunk), tl.load(chunk + 1), tl.load(chunk + 2)
-    ranks = (first + tl.arange(0, BR)).to(tl.int64)
-    known = ranks < stop
-    _, _, cols, within, _, segment = _tile(tl.arange(0, BM).to(tl.int64), tiles_ptr, tl.program_id(0), M, BN)
+    chunk, ranks = chunks_ptr + 3 * tl.program_id(1), tl.arange(0, BR)
+    i, first, stop = tl.load(chunk), _aligned(chunk + 1, ALIGN), _aligned(chunk + 2, ALIGN)
+    known = ranks < stop - first
+    row = tl.program_id(0).to(tl.int64) * 0
+    row, lanes, inside, cols, within, s, segment = _tile(row, tiles_ptr, tl.program_id(0), M, BM, BN, ALIGN)
     here = ranges_ptr + 2 * (segment * N + i)
     dB = tl.zeros((BR, BN), tl.float32)
     if (tl.load(here) < stop) & (tl.load(here + 1) > first):
-        for row in range(0, M, BM):
-            rows = row + tl.arange(0, BM).to(tl.int64)
-            tile = _tile(rows, tiles_ptr, tl.program_id(0), M, BN)
+        for _ in range(0, M, BM):
+            tile = _tile(row, tiles_ptr, tl.program_id(0), M, BM, BN, ALIGN)
             dl = _output_gradient(i, y_ptr, y_stride, grad_ptr, grad_stride, gate_ptr, means_ptr, strength_ptr, lse_ptr,
-                                  mixed_ptr, loras, sizes, tile, COMPETE, OFFSET, FAST, BM, BN, BR)
-            at = h_ptr + rows[:, None] * h_stride + ranks[None, :]
-            h = tl.load(at, mask=(rows < M)[:, None] & known[None, :], other=0.0)
+                                  mixed_ptr, loras, sizes, tile, COMPETE, OFFSET, FAST, BM, BN, BR, ALIGN)
+            at = h_ptr + row * h_stride + first + (lanes[:, None] * h_stride + ranks[None, :])
+            h = tl.load(at, mask=(lanes < M - row)[:, None] & known[None, :], other=0.0)
             dB = tl.dot(tl.trans(h), dl.to(h.dtype), dB, input_precision="ieee")
-    at = dB_ptr + ranks[:, None] * O + cols[None, :]
+            row += BM
+    at = dB_ptr + first.to(tl.int64) * O + (ranks[:, None] * O + cols[None, :])
     tl.store(at, dB.to(dB_ptr.dtype.element_ty), mask=known[:, None] & within[None, :])
 
 
@@ -695,6 +707,7 @@ class Tables(NamedTuple):
     roots: Tensor    # (S * N, 3): first and stop rank, where F is
     chunks: Tensor   # (chunks, 3): LoRA, first and stop rank
     block: int       # BR
+    align: int       # 16 if all of the above but the slices' and LoRAs' numbers are multiples of it
     spans: tuple[tuple[int, int], ...]  # of every slice, its tiles
 
 
@@ -716,7 +729,8 @@ def tables(layout: Layout, device: torch.device) -> Tables:
     chunks = [(i, r, min(r + block, b)) for i, (a, b) in enumerate(pairwise(layout.ranks)) for r in range(a, b, block)]
     made = (torch.tensor(each, dtype=torch.int32, device=device) for each in
             (layout.slices, tiles, layout.used, roots, chunks))
-    return Tables(*made, block, tuple(spans))
+    align = 1 if any(edge % 16 for edge in layout.ranks + layout.cuts + layout.used) else 16
+    return Tables(*made, block, align, tuple(spans))
 
 
 def forward_triton(y: Tensor, h: Tensor, stack: tuple[Tensor, Tensor, Tensor], gate: Tensor | None, strengths: Tensor,
@@ -732,7 +746,7 @@ def forward_triton(y: Tensor, h: Tensor, stack: tuple[Tensor, Tensor, Tensor], g
     launch(apply, lambda BM: (triton.cdiv(M, BM), len(table.tiles)), y, h, B, out, stats if gate is None else gate, stats,
            strengths, stats if offset is None else offset, table.tiles, table.ranges, y.stride(0), h.stride(0), M, O, N, S,
            M if offset is None else M // len(offset), GATED=gate is not None, COMPETE=compete, OFFSET=offset is not None,
-           FAST=fast(y), BN=BN, BR=table.block)
+           FAST=fast(y), BN=BN, BR=table.block, ALIGN=table.align)
     return out, stats
 
 
@@ -745,14 +759,16 @@ def backward_triton(grad: Tensor, y: Tensor, h: Tensor, B: Tensor, stats: Tensor
     by_column = stats.new_empty(triton.cdiv(M, BLOCKS["sweep"][0]), 6, O)
     lse, mixed = (stats.new_empty(M, O) for _ in range(2)) if compete else (stats, stats)
     sizes, off = (M, O, N, S, tokens), stats if offset is None else offset
-    how = {"COMPETE": compete, "OFFSET": offset is not None, "FAST": fast(y), "BN": BN, "BR": table.block}
+    how = {"COMPETE": compete, "OFFSET": offset is not None, "FAST": fast(y), "BN": BN, "BR": table.block,
+           "ALIGN": table.align}
     strides = y.stride(0), h.stride(0), grad.stride(0)
     launch(sweep, lambda BM: (triton.cdiv(M, BM), tiles), y, h, B, grad, gate, stats, strengths, off, table.tiles,
            table.ranges, dy, by_row, by_column, lse, mixed, *strides, *sizes, **how)
     by_row[:, 0, 2] = 0  # the base has no dz
     sums = torch.stack([by_row[first:last].sum(0) for first, last in table.spans])            # (S, N + 1, 3, M)
     means = (sums[:, :, :2] / table.slices.diff().view(-1, 1, 1, 1)).contiguous()
-    launch(finish, lambda BM: (triton.cdiv(M, BM), tiles), y, dy, stats, means, table.tiles, y.stride(0), M, O, N, BN=BN)
+    launch(finish, lambda BM: (triton.cdiv(M, BM), tiles), y, dy, stats, means, table.tiles, y.stride(0), M, O, N, BN=BN,
+           ALIGN=table.align)
     dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     given = y, h, B, grad, gate, stats, means, strengths, off, table.tiles, table.ranges, table.chunks, lse, mixed
     launch(rank_gradient, lambda BM: (triton.cdiv(M, BM), len(table.chunks)), *given, dh, *strides, *sizes, h.shape[1],
@@ -784,7 +800,7 @@ def configurations() -> Iterator[tuple[str, Callable, dict[str, str], dict[str, 
         for kernel in (base_statistics, lora_statistics, apply, sweep, finish, rank_gradient, factor_gradient):
             rows, warps, stages = BLOCKS[kernel.__name__]
             constants = {"GATED": True, "COMPETE": compete, "OFFSET": True, "FAST": dtype == "bf16", "BM": rows, "BN": BN,
-                         "BR": block, "WIDE": 1024}
+                         "BR": block, "WIDE": 1024, "ALIGN": 16}
             constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
             if (compete and "COMPETE" not in constants) or (block != 16 and "BR" not in constants):
                 continue  # the same again
