@@ -794,6 +794,8 @@ def fast(y: Tensor) -> bool:
 
 def configurations() -> Iterator[tuple[str, Callable, dict[str, str], dict[str, object], int, int]]:
     """What is to compile without spills: name, kernel, signature, constants, warps, stages."""
+    if triton is None:
+        return
     for dtype, block, compete in product(("bf16", "fp32"), (16, 64), (False, True)):
         own = {"y_ptr", "h_ptr", "B_ptr", "out_ptr", "grad_ptr", "t_ptr", "dh_ptr", "dB_ptr"}
         tables = {"slices_ptr", "tiles_ptr", "ranges_ptr", "roots_ptr", "chunks_ptr"}
@@ -802,8 +804,9 @@ def configurations() -> Iterator[tuple[str, Callable, dict[str, str], dict[str, 
             constants = {"GATED": True, "COMPETE": compete, "OFFSET": True, "FAST": dtype == "bf16", "BM": rows, "BN": BN,
                          "BR": block, "WIDE": 1024, "ALIGN": 16}
             constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
-            if (compete and "COMPETE" not in constants) or (block != 16 and "BR" not in constants):
-                continue  # the same again
+            ranked = "BR" in constants and kernel is not lora_statistics
+            if (compete and "COMPETE" not in constants) or (block != 16 and not ranked):
+                continue  # the same again, or never launched so
             signature = {name: "constexpr" if name in constants else f"*{dtype}" if name in own else "*i32" if name in tables
                          else "*fp32" if name.endswith("_ptr") else "i32" for name in kernel.arg_names}
             yield (f"{kernel.__name__} {dtype} {block}{' compete' * compete}", kernel, signature, constants, warps, stages)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 FILES = {".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
-         for folder in ("flux", "lora") for path in (ROOT / folder).rglob("*.py")}
+         for folder in ("flux", "lora", "kernels") for path in (ROOT / folder).rglob("*.py")}
 COMMANDS = {"lora.__main__", "lora.bench"}
 
 
@@ -17,7 +17,7 @@ def imported(name: str) -> set[str]:
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
-    return names & FILES.keys() - {name, "flux", "lora"}
+    return names & FILES.keys() - {name, "flux", "lora", "kernels"}
 
 
 GRAPH = {name: imported(name) for name in FILES}
@@ -47,3 +47,9 @@ def test_the_library_of_loras_knows_files_and_errors_alone():
     for name in FILES:
         if name.startswith("lora.") and name not in COMMANDS:
             assert {other for other in GRAPH[name] if other.startswith("flux")} <= {"flux.checkpoint", "flux.errors"}, name
+
+
+def test_the_kernels_know_nobody():
+    for name in FILES:
+        if name.startswith("kernels."):
+            assert all(other.startswith("kernels.") for other in GRAPH[name]), name
