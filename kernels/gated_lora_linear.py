@@ -906,7 +906,9 @@ def add_loras(y: Tensor, h: Tensor, loras: Stack, gate: Tensor | None = None, st
         strengths = torch.ones(count, dtype=wide, device=y.device)
     else:
         assert not strengths.requires_grad, "strengths have no gradient: learn k0 and k1 instead"
-        strengths = (strengths if loras.present is None else strengths[loras.present]).to(y.device, wide)
+        strengths = strengths.to(y.device, wide)
+        strengths = strengths if loras.present is None else strengths[loras.present]
+    assert gate is None or loras.root.numel(), "stacked with gated=False"
     if offset is not None:
         offset = (offset if loras.present is None else offset[:, loras.present]).to(wide).contiguous()
         assert gate is not None and offset.shape == (len(y), count, len(layout.slices) - 1), offset.shape
