@@ -356,7 +356,7 @@ def normed_gradient(dn: Tensor, n: Tensor, rstd: Tensor) -> Tensor:
 
 BN = 64
 BLOCKS = {  # kernel: rows, warps, stages. Chosen for no spills (`configurations`), not yet by a clock
-    "base_statistics": (4, 4, 1), "lora_statistics": (64, 4, 1), "apply": (32, 4, 2), "sweep": (32, 8, 1),
+    "base_statistics": (4, 4, 1), "lora_statistics": (64, 4, 1), "apply": (32, 8, 2), "sweep": (32, 8, 1),
     "finish": (32, 4, 1), "rank_gradient": (32, 8, 1), "factor_gradient": (32, 8, 1)}
 
 
@@ -712,7 +712,7 @@ class Tables(NamedTuple):
 
 
 @lru_cache(maxsize=4096)
-def tables(layout: Layout, device: torch.device) -> Tables:
+def tables(layout: Layout, device: torch.device, dtype: torch.dtype) -> Tables:
     count, tiles, spans, roots, at = len(layout.ranks) - 1, [], [], [], 0
     for s, (start, stop) in enumerate(pairwise(layout.slices)):
         before = len(tiles)
@@ -725,7 +725,7 @@ def tables(layout: Layout, device: torch.device) -> Tables:
             roots.append((first, last, at))
             at += (last - first) ** 2
     most = max(b - a for a, b in zip(layout.used[::2], layout.used[1::2], strict=True))
-    block = 16 if most <= 16 else 32 if most <= 32 else 64
+    block = 16 if most <= 16 else 32 if most <= 32 or dtype == torch.float32 else 64  # 64 in float32 spills
     chunks = [(i, r, min(r + block, b)) for i, (a, b) in enumerate(pairwise(layout.ranks)) for r in range(a, b, block)]
     made = (torch.tensor(each, dtype=torch.int32, device=device) for each in
             (layout.slices, tiles, layout.used, roots, chunks))
@@ -735,7 +735,7 @@ def tables(layout: Layout, device: torch.device) -> Tables:
 
 def forward_triton(y: Tensor, h: Tensor, stack: tuple[Tensor, Tensor, Tensor], gate: Tensor | None, strengths: Tensor,
                    offset: Tensor | None, layout: Layout, compete: bool) -> tuple[Tensor, Tensor]:
-    (B, root, mean), table = stack, tables(layout, y.device)
+    (B, root, mean), table = stack, tables(layout, y.device, y.dtype)
     (M, O), N, S = y.shape, len(layout.ranks) - 1, len(layout.slices) - 1
     out, stats = torch.empty(y.shape, dtype=y.dtype, device=y.device), root.new_empty(0)
     if gate is not None:
@@ -752,7 +752,7 @@ def forward_triton(y: Tensor, h: Tensor, stack: tuple[Tensor, Tensor, Tensor], g
 
 def backward_triton(grad: Tensor, y: Tensor, h: Tensor, B: Tensor, stats: Tensor, gate: Tensor, strengths: Tensor,
                     offset: Tensor | None, layout: Layout, compete: bool, for_B: bool) -> tuple[Tensor, ...]:
-    table, (M, O), N, S = tables(layout, y.device), y.shape, len(layout.ranks) - 1, len(layout.slices) - 1
+    table, (M, O), N, S = tables(layout, y.device, y.dtype), y.shape, len(layout.ranks) - 1, len(layout.slices) - 1
     tiles, tokens = len(table.tiles), M if offset is None else M // len(offset)
     dy = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     by_row = stats.new_empty(tiles, N + 1, 3, M)
@@ -796,7 +796,7 @@ def configurations() -> Iterator[tuple[str, Callable, dict[str, str], dict[str, 
     """What is to compile without spills: name, kernel, signature, constants, warps, stages."""
     if triton is None:
         return
-    for dtype, block, compete in product(("bf16", "fp32"), (16, 64), (False, True)):
+    for (dtype, block), compete in product((("bf16", 16), ("bf16", 64), ("fp32", 16), ("fp32", 32)), (False, True)):
         own = {"y_ptr", "h_ptr", "B_ptr", "out_ptr", "grad_ptr", "t_ptr", "dh_ptr", "dB_ptr"}
         tables = {"slices_ptr", "tiles_ptr", "ranges_ptr", "roots_ptr", "chunks_ptr"}
         for kernel in (base_statistics, lora_statistics, apply, sweep, finish, rank_gradient, factor_gradient):
