@@ -756,7 +756,7 @@ def backward_triton(grad: Tensor, y: Tensor, h: Tensor, B: Tensor, stats: Tensor
     tiles, tokens = len(table.tiles), M if offset is None else M // len(offset)
     dy = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     by_row = stats.new_empty(tiles, N + 1, 3, M)
-    by_column = stats.new_empty(triton.cdiv(M, BLOCKS["sweep"][0]), 6, O)
+    by_column = stats.new_empty(triton.cdiv(M, blocks("sweep", y.dtype)[0]), 6, O)
     lse, mixed = (stats.new_empty(M, O) for _ in range(2)) if compete else (stats, stats)
     sizes, off = (M, O, N, S, tokens), stats if offset is None else offset
     how = {"COMPETE": compete, "OFFSET": offset is not None, "FAST": fast(y), "BN": BN, "BR": table.block,
@@ -782,8 +782,14 @@ def backward_triton(grad: Tensor, y: Tensor, h: Tensor, B: Tensor, stats: Tensor
     return dy, dh, dB, by_column.sum(0), doffset
 
 
+def blocks(name: str, dtype: torch.dtype) -> tuple[int, int, int]:
+    """Rows, warps and stages: half the rows where products in float32 are made without the matrix unit."""
+    rows, warps, stages = BLOCKS[name]
+    return rows // 2 if dtype == torch.float32 and rows == 32 else rows, warps, stages
+
+
 def launch(kernel: Callable, grid: Callable[[int], tuple[int, int]], *args: object, **constants: object) -> None:
-    rows, warps, stages = BLOCKS[kernel.__name__]
+    rows, warps, stages = blocks(kernel.__name__, args[0].dtype)
     kernel[grid(rows)](*args, BM=rows, num_warps=warps, num_stages=stages, **constants)
 
 
@@ -800,7 +806,7 @@ def configurations() -> Iterator[tuple[str, Callable, dict[str, str], dict[str, 
         own = {"y_ptr", "h_ptr", "B_ptr", "out_ptr", "grad_ptr", "t_ptr", "dh_ptr", "dB_ptr"}
         tables = {"slices_ptr", "tiles_ptr", "ranges_ptr", "roots_ptr", "chunks_ptr"}
         for kernel in (base_statistics, lora_statistics, apply, sweep, finish, rank_gradient, factor_gradient):
-            rows, warps, stages = BLOCKS[kernel.__name__]
+            rows, warps, stages = blocks(kernel.__name__, torch.float32 if dtype == "fp32" else torch.bfloat16)
             constants = {"GATED": True, "COMPETE": compete, "OFFSET": True, "FAST": dtype == "bf16", "BM": rows, "BN": BN,
                          "BR": block, "WIDE": 1024, "ALIGN": 16}
             constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
