@@ -356,7 +356,7 @@ def normed_gradient(dn: Tensor, n: Tensor, rstd: Tensor) -> Tensor:
 
 BN = 64
 BLOCKS = {  # kernel: rows, warps, stages. Chosen for no spills (`configurations`), not yet by a clock
-    "base_statistics": (4, 4, 1), "lora_statistics": (64, 4, 1), "apply": (32, 8, 2), "sweep": (32, 8, 1),
+    "base_statistics": (4, 4, 1), "lora_statistics": (64, 4, 1), "apply": (32, 8, 1), "sweep": (32, 8, 1),
     "finish": (32, 4, 1), "rank_gradient": (32, 8, 1), "factor_gradient": (32, 8, 1)}
 
 
