@@ -783,9 +783,11 @@ def backward_triton(grad: Tensor, y: Tensor, h: Tensor, B: Tensor, stats: Tensor
 
 
 def blocks(name: str, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Rows, warps and stages: half the rows where products in float32 are made without the matrix unit."""
+    """Rows, warps and stages. In float32 products are made without the matrix unit: half the rows, `sweep` by more warps."""
     rows, warps, stages = BLOCKS[name]
-    return rows // 2 if dtype == torch.float32 and rows == 32 else rows, warps, stages
+    if dtype == torch.float32 and rows == 32:
+        return 16, 16 if name == "sweep" else warps, stages
+    return rows, warps, stages
 
 
 def launch(kernel: Callable, grid: Callable[[int], tuple[int, int]], *args: object, **constants: object) -> None:
