@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kernels.gated_lora_linear import Stack, add_loras, fused, stack
 from lora.adapter import Bias, Dora, LowRank, Term, as_low_rank
 
 
@@ -24,6 +25,7 @@ class Plan:
     row_gain: Tensor | None = None  # (out,): DoRA by rows adds this times W x
     column_gains: list[tuple[int, int, Tensor]] = field(default_factory=list)  # start, stop, gain: adds W (gain * x)
     bias: Tensor | None = None  # (out,)
+    beside: Stack | None = None  # instead of A and ranges where a kernel runs: one pass over the output adds them all
 
 
 class LoraLinear(nn.Module):
@@ -43,7 +45,9 @@ class LoraLinear(nn.Module):
         own, plan = x[..., :self.base.in_features], self.plan
         y = self.base(own)
         before = y if plan.row_gain is None else y.clone()
-        if plan.A is not None:
+        if plan.beside is not None:
+            y = add_loras(y, F.linear(x[..., :plan.beside.A.shape[1]], plan.beside.A), plan.beside)
+        elif plan.A is not None:
             inner = F.linear(x[..., :plan.A.shape[1]], plan.A).flatten(0, -2)  # (tokens, R)
             first, out = 0, y.view(-1, y.shape[-1])
             for start, stop, rank, B in plan.ranges:
@@ -118,7 +122,10 @@ def plan(base: nn.Module, loras: list[tuple[tuple[Term, ...], float]]) -> Plan:
                 out.others.append((start, stop, _moved(term, device, dtype), times,
                                    None if columns is None else columns.to(device, dtype)))
     out.column_gains = [(*rows, sum(gains).to(device, dtype)) for rows, gains in made.items()]
-    if pairs:
+    if pairs and fused(device, dtype):
+        terms = [(A, B, start) for (start, _), group in pairs.items() for A, B in group]
+        out.beside = stack([terms], base.out_features, None, dtype, device, gated=False)
+    elif pairs:
         widest = max(A.shape[1] for group in pairs.values() for A, _ in group)
         out.A = torch.cat([F.pad(A, (0, widest - A.shape[1])) for group in pairs.values() for A, _ in group])
         out.A = out.A.to(device, dtype)
