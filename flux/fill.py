@@ -4,6 +4,7 @@ A mask is 1 where the picture is repainted and 0 where it is known; values betwe
 trajectory and are joined to the noisy tokens on the channel axis.
 """
 
+import numpy as np
 import torch
 from einops import rearrange
 from PIL import Image
@@ -28,12 +29,13 @@ def tokens(masked_latents: Tensor, mask: Tensor) -> Tensor:
 
 
 def outpaint(pil: Image.Image, mask: Image.Image, left: int, top: int, right: int, bottom: int):
-    """Picture and mask (modes RGB and L) on a canvas that is so many pixels larger; the new area is to be repainted."""
-    size = (pil.width + left + right, pil.height + top + bottom)
-    canvas, area = Image.new("RGB", size, (127, 127, 127)), Image.new("L", size, 255)
-    canvas.paste(pil, (left, top))
-    area.paste(mask, (left, top))
-    return canvas, area
+    """Picture and mask (modes RGB and L) on a canvas that is so many pixels larger; the new area is to be repainted.
+
+    The picture's edge goes on into it: the model is not shown that, but the latents of known pixels beside it see a little.
+    """
+    around = (top, bottom), (left, right)
+    canvas = Image.fromarray(np.pad(np.asarray(pil), (*around, (0, 0)), mode="edge"))
+    return canvas, Image.fromarray(np.pad(np.asarray(mask), around, constant_values=255))
 
 
 def keep(drawn: Image.Image, known: Image.Image, mask: Image.Image) -> Image.Image:

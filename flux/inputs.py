@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
@@ -44,10 +45,18 @@ class Encoded:
     channels: Tensor | None  # (1, L_img, C)
     references: tuple[Tensor, ...]  # (1, 16, h, w)
     image_tokens: Tensor | None  # (1, N, 4096)
+    known: Tensor | None = None  # (1, L_img, 64) bool: latents of cells of 8x8 pixels of which nothing is repainted
+    true: Tensor | None = None  # (1, L_img, 64), latents of the picture, for those
 
     def begin(self, noise: Tensor, t: float) -> Tensor:
         """Noise (B, L_img, 64), or where there is a picture to start from, that on its way to noise."""
         return noise if self.start is None else flow.interpolate(self.start, noise, noise.new_full((len(noise),), t))
+
+    def held(self, velocity: flow.Velocity) -> flow.Velocity:
+        """What is known goes straight to where it comes from, by v = (x_t - x_0) / t; elsewhere the velocity itself."""
+        if self.known is None:
+            return velocity
+        return lambda img, t: torch.where(self.known, (img - self.true) / t[:, None, None], velocity(img, t))
 
     def onto(self, cond: Condition) -> Condition:
         if self.channels is not None:
@@ -173,20 +182,24 @@ def to_reference(pil: Image.Image, model: Preset) -> Image.Image:
     return pil if pil.size == size else pil.resize(size, Image.Resampling.LANCZOS)
 
 
-def encode(given: Inputs, autoencoder: AutoEncoder, model: Preset, image_tokens: Tensor | None) -> Encoded:
+def encode(given: Inputs, autoencoder: AutoEncoder, model: Preset, image_tokens: Tensor | None, hold: bool = False
+           ) -> Encoded:
     """By the mean of the autoencoder's posterior, so that the same pictures give the same conditions."""
     weight = next(autoencoder.parameters())
-    start = channels = None
+    start = channels = known = true = None
     if given.image and given.strength < 1:
         start = latents.pack(autoencoder.encode(pictures.to_tensor(given.image).to(weight)))
     if given.mask:
         mask = torch.from_numpy(np.asarray(given.mask) / np.float32(255))[None, None]
         shown = fill.masked(pictures.to_tensor(given.image), mask)
         channels = fill.tokens(autoencoder.encode(shown.to(weight)), mask.to(weight))
+        if hold:
+            true = latents.pack(autoencoder.encode(pictures.to_tensor(given.image).to(weight)))
+            known = latents.pack((F.max_pool2d(mask, 8) == 0).expand(-1, 16, -1, -1)).to(weight.device)
     elif model.takes == "control":
         channels = latents.pack(autoencoder.encode(pictures.to_tensor(given.control).to(weight)))
     references = tuple(autoencoder.encode(pictures.to_tensor(pil).to(weight)) for pil in given.references)
-    return Encoded(start, channels, references, image_tokens)
+    return Encoded(start, channels, references, image_tokens, known, true)
 
 
 def image_tokens(given: Inputs, found: Mapping[str, weights.Found], model: Preset, dtype: torch.dtype,

@@ -82,6 +82,7 @@ class Conditioned(Sampling):
     strength: float | None = None  # way back to noise that --image goes: 0 returns it, 1 forgets it; default 0.75, masked 1
     mask: Path | None = None  # grey picture as large as --image: white is repainted, black is known; needs fill
     outpaint: str | None = None  # pixels to add around --image, left,top,right,bottom as in 64,0,64,0; needs fill
+    hold: bool = True  # lead known latents straight to the picture's own; --no-hold leaves them to the model, as released
     keep: bool = False  # put the known pixels back: equal to --image where the mask is black
     reference: tuple[Path, ...] = ()  # picture that the prompt changes or speaks of; needs kontext
     control: Path | None = None  # picture of edges or depths to follow; needs canny, depth or --controlnet

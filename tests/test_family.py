@@ -156,7 +156,7 @@ def test_the_size_follows_the_picture(edges, flags, size, draw, photo):
 def test_fill_by_hand(draw, photo, folder, tmp_path):
     """One step: noise plus the velocity of noise, masked latents and mask at t = 1."""
     mask, image = halves(tmp_path / "m.png", soft=9), photo("p.png")
-    out, _ = draw("toyfill", "a", "--image", image, "--mask", mask, "--steps", 1, "--seed", 3)
+    out, _ = draw("toyfill", "a", "--image", image, "--mask", mask, "--steps", 1, "--seed", 3, "--no-hold")
     model, autoencoder = load(folder, "toyfill", 384)
     share = torch.from_numpy(np.asarray(Image.open(mask)) / np.float32(255))[None, None]
     tokens = fill.tokens(autoencoder.encode(pictures.to_tensor(pictures.read(image)) * (1 - share)), share)
@@ -178,6 +178,26 @@ def test_known_pixels_are_kept(edges, draw, photo, tmp_path):
     known = np.asarray(pictures.read(image).resize((48, 32), Image.Resampling.LANCZOS)).astype(int)
     assert len(kept) == 3 and (kept[:, :, :23] == known[:, :23]).all()
     assert np.array_equal(kept[:, :, 25:], plain[:, :, 25:]) and not (plain[:, :, :23] == known[:, :23]).all()
+
+
+def test_what_is_known_ends_at_its_own_latents(draw, photo, folder, tmp_path):
+    """Of cells of 8 pixels; the others are the model's, which sees them on their way. --no-hold leaves all to the model."""
+    mask = np.zeros((32, 48), np.uint8)
+    mask[:, 25:] = 255  # cuts a cell, which is then the model's
+    Image.fromarray(mask).save(tmp_path / "m.png")
+    words = ("--image", photo("p.png"), "--mask", tmp_path / "m.png")
+    asked, model = t2i.TextToImage(image=photo("p.png"), mask=tmp_path / "m.png"), config.PRESETS["demo-toyfill"]
+    _, autoencoder = load(folder, "toyfill", 384)
+    with torch.inference_mode():
+        fixed = inputs.encode(inputs.read(asked, model), autoencoder, model, None, hold=True)
+        true = autoencoder.encode(pictures.to_tensor(pictures.read(photo("p.png"))))
+        noise = torch.randn(2, 6, 64)
+        img = flow.euler(fixed.held(lambda img, t: torch.full_like(img, 3.0)), noise, [1.0, 0.6, 0.3, 0.0])
+    cells = latents.unpack(img, 32, 48)
+    assert (cells[..., :3] - true[..., :3]).abs().max() < 1e-5
+    assert (cells[..., 3:] - (latents.unpack(noise, 32, 48)[..., 3:] - 3)).abs().max() < 1e-5
+    held, free = draw("toyfill", "a", *words)[0], draw("toyfill", "a", *words, "--no-hold")[0]
+    assert not np.array_equal(held, free)
 
 
 def test_a_mask_of_nothing_keeps_the_bytes(draw, photo, tmp_path):

@@ -83,7 +83,7 @@ class TextToImage(Conditioned):
             del encoders  # the memory of T5 is the transformer's now
             seen = inputs.image_tokens(given, found, model, dtype, place)
             autoencoder = plan.autoencoder(found, model, place)
-            fixed = inputs.encode(given, autoencoder, model, seen)
+            fixed = inputs.encode(given, autoencoder, model, seen, self.hold)
             transformer = plan.transformer(found, model, place)
             adapters.attach(loras, "flux", transformer)
             attention.choose(transformer, self.attention, place, dtype)
@@ -103,7 +103,7 @@ class TextToImage(Conditioned):
                     some = jobs[start:start + self.batch]
                     noise = [latents.noise(1, height, width, torch.Generator().manual_seed(seed)) for _, seed in some]
                     img = fixed.begin(latents.pack(torch.cat(noise).to(place)), left[0]).to(dtype)
-                    velocity = self.velocity(under, [prompt for prompt, _ in some], times, given.size)
+                    velocity = fixed.held(self.velocity(under, [prompt for prompt, _ in some], times, given.size))
                     for state in flow.euler_steps(velocity, img, left):
                         img = state
                         bar.update(len(some))
