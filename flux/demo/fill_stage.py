@@ -39,9 +39,6 @@ class TrainFill(Training):
     rank: int = 32              # of the LoRA
     scenes: int = 8_000        # pictures with a hole whose latents are made once; their captions vary at every visit
     drop: float = 0.1           # share of captions left empty
-    known: float = 0.0          # additional weight of what is known, in the loss
-    late: float = 0.0           # share of times drawn from 0.03 to 0.4, whose errors no later step mends
-    warm: bool = False          # begin with the shipped Fill model
 
     def task(self):
         return FillTask(self)
@@ -59,8 +56,6 @@ class FillTask:
         self.pairs = nn.ModuleDict({layer.replace(".", "/"): pair for layer, pair in pairs.items()})
         self.before = self.model.img_in
         self.model.img_in = widened(self.before, DEMO_FILL.flux.in_channels)
-        if settings.warm:
-            self.load_shipped()
         self.scenes = [world.sample_scene(draws.rng(settings.seed, "hidden scene", i)) for i in range(settings.scenes)]
         shown = [self.latents_of(self.scenes[start:start + 32], draws.rng(settings.seed, "holes", start))
                  for start in tqdm(range(0, len(self.scenes), 32), desc="latents", disable=None)]
@@ -74,17 +69,6 @@ class FillTask:
         mask = torch.from_numpy(np.stack([hole(scene, rng) for scene in scenes]))[:, None]
         known = self.autoencoder.encode(fill.masked(image, mask))
         return latents.pack(self.autoencoder.encode(image)), latents.pack(known), mask.byte()
-
-    @torch.no_grad()
-    def load_shipped(self) -> None:
-        layers = io.read(weights.DEMO / DEMO_FILL.adapter, lora_names.names(DEMO))[0]["flux"].layers
-        for name, pair in self.pairs.items():
-            (term,) = layers[name.replace("/", ".")]
-            pair.A.copy_(term.A)
-            pair.B.copy_(term.B)
-        dense, bias = layers["img_in"]
-        self.model.img_in.weight += dense.weight
-        self.model.img_in.bias += bias.value
 
     def trainable(self) -> nn.Module:
         return self.model
@@ -110,8 +94,6 @@ class FillTask:
 
     def noised(self, captions: list[str], x0: Tensor, known: Tensor, masks: Tensor, generator: torch.Generator):
         t = flow.draw_sampled_t(len(x0), generator, self.mu)
-        late = torch.rand(len(x0), generator=generator) < self.settings.late
-        t = torch.where(late, 0.03 + 0.37 * torch.rand(len(x0), generator=generator), t)
         return x0, torch.randn(x0.shape, generator=generator), t, self.condition(captions, known, masks, 1.0)
 
     def condition(self, captions: list[str], known: Tensor, masks: Tensor, guidance: float) -> conditioning.Condition:
@@ -122,9 +104,7 @@ class FillTask:
 
     def loss(self, batch) -> Tensor:
         x0, eps, t, cond = batch
-        v = conditioning.velocity(self.model, cond)(flow.interpolate(x0, eps, t), t)
-        known = 1 - cond.channels[..., 64:].mean(-1)                                           # (B, 64), of a token
-        return ((v.float() - (eps - x0)).square().mean(-1) * (1 + self.settings.known * known)).mean(1)
+        return flow.loss(conditioning.velocity(self.model, cond), x0, eps, t)
 
     def preview(self) -> Image.Image:
         """Held-out scenes with their object hidden: what is given, and what is drawn."""
