@@ -22,6 +22,13 @@ INTERPRETED = triton is not None and triton.knobs.runtime.interpret  # TRITON_IN
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
+def constant(function):
+    """A function that compiled code calls once, as by torch.compiler.assume_constant_result, which would import the whole
+    compiler for it: a second at every start."""
+    function._dynamo_marked_constant = True
+    return function
+
+
 @functools.cache
 def capability(device: torch.device) -> tuple[int, int]:
     """Of a CUDA card: (9, 0) is an H100, (8, 9) an RTX 4090. (0, 0) is no such card."""
@@ -34,7 +41,7 @@ def has_compiler() -> bool:
     return bool(os.environ.get("CC") or shutil.which("gcc") or shutil.which("clang"))
 
 
-@torch.compiler.assume_constant_result
+@constant
 def why_not(device: torch.device, dtype: torch.dtype) -> str:
     """Why our kernels do not run here; empty where they do."""
     if triton is None:
@@ -53,6 +60,6 @@ def on(device: torch.device):
     return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
-@torch.compiler.assume_constant_result
+@constant
 def is_hopper(device: torch.device) -> bool:
     return capability(device)[0] == 9
