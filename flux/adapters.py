@@ -59,9 +59,10 @@ def attach(given: list[Given], part: str, network: nn.Module) -> Loras:
     return loras
 
 
-def files(given: list[Given]) -> dict[str, str]:
-    """What a picture's metadata say of them."""
-    return {f"lora {lora.name}": checkpoint.fingerprint(checkpoint.locate(lora.path)) for lora in given}
+def files(model: Preset, given: list[Given]) -> dict[str, str]:
+    """What a picture's metadata say of them, and of the one that is a part of the model."""
+    own = {"adapter": f"{model.adapter} {checkpoint.fingerprint(weights.DEMO / model.adapter)}"} if model.adapter else {}
+    return own | {f"lora {lora.name}": checkpoint.fingerprint(checkpoint.locate(lora.path)) for lora in given}
 
 
 def load_flux(found: Mapping[str, weights.Found], model: Preset, dtype: torch.dtype | None = None,

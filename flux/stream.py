@@ -12,6 +12,7 @@ On the CPU a file in the dtype of the computation needs none of this: its pages 
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 from torch import Tensor, nn
@@ -71,7 +72,7 @@ class Stream:
 
     def __init__(self, blocks: list[nn.Module], dtype: torch.dtype, device: torch.device, check: Callable[[], None]):
         self.blocks, self.dtype, self.device, self.check = blocks, dtype, torch.device(device), check
-        self.following = dict(zip(blocks, blocks[1:], strict=False))
+        self.following = dict(pairwise(blocks))
         self.worker = ThreadPoolExecutor(1, "weights")
         self.ahead: tuple[nn.Module, Future[Fetched]] | None = None
         self.kept: Matrices = []  # what lies in the file, of the block that computes

@@ -43,3 +43,11 @@ def test_mistakes_are_told(words, tmp_path):
     with pytest.raises(UserError, match="--vlm.*expected") as error:
         sample.main(["artaug", *words, "--out", str(tmp_path), "--ledger", str(tmp_path / "kept")])
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (("--shift", "3"), "--shift came with artaug"), (("--strips",), "--strips came with artaug"),
+    (("--model", "demo-fill"), "--model demo-fill draws from a mask too")])
+def test_flags_that_it_does_not_heed_are_refused(words, said):
+    with pytest.raises(UserError, match=said):
+        sample.main(["artaug", "a red circle", "--vlm", "http://localhost:1", *words])

@@ -116,6 +116,8 @@ def test_a_hidden_object_comes_back(words):
                  "--device", "cpu", *words])
     drawn = np.asarray(pictures.read(Path("out/00001_seed0.png")))
     assert np.array_equal(drawn[mask == 0], pixels[mask == 0])
+    made = pictures.read_metadata(Path("out/00001_seed0.png"))["files"]["adapter"]
+    assert made == f"fill.safetensors {checkpoint.fingerprint(weights.DEMO / 'fill.safetensors')}"
     if not words or "--lora" not in words:
         assert referee.judge(drawn, scene).right
 

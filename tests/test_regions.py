@@ -98,7 +98,7 @@ def test_a_trajectory_is_the_recorded_one():
         v, img, times = regions.regional(together, plain, given["loop_masks"][..., None]), given["img"], config["schedule"]
         golden.close(flow.euler(v, img, times), "final")
         states = [img, *flow.euler_steps(v, img, times)]
-        for i, (state, t) in enumerate(zip(states, times[:-1], strict=False)):
+        for i, (state, t) in enumerate(zip(states[:-1], times[:-1], strict=True)):
             golden.close(v(state, torch.full((len(img),), t)), f"loop_v{i}")
 
 

@@ -37,7 +37,7 @@ class TrainFill(Training):
     ema: float = 0.995
     dtype: Literal["fp32", "bf16"] = "bf16"
     rank: int = 32              # of the LoRA
-    scenes: int = 8_000        # pictures with a hole whose latents are made once; their captions vary at every visit
+    scenes: int = 8_000         # pictures with a hole whose latents are made once; their captions vary at every visit
     drop: float = 0.1           # share of captions left empty
 
     def task(self):

@@ -24,6 +24,7 @@ class JudgeFill:
     count: int = 100            # pictures of each kind
     guidance: float = DEMO_FILL.guidance  # distilled guidance
     steps: int = DEMO_FILL.steps  # Euler steps
+    hold: bool = True           # as python sample.py has it
     seed: int = 1               # of scenes, captions, masks and noise
     out: Path = Path("out")     # folder for the before/after sheet
 
@@ -72,8 +73,8 @@ class JudgeFill:
         """By the command that a user types."""
         text_to_image = cli.recipes()["t2i"]
         command = cli.build(text_to_image, cli.describe(text_to_image).sample, {
-            "model": "demo-fill", "prompt": (prompt,), "image": image, "mask": mask, "keep": keep, "steps": self.steps,
-            "guidance": self.guidance, "seed": draws.seed_of("fill trial", self.seed, i) % 2**31})
+            "model": "demo-fill", "prompt": (prompt,), "image": image, "mask": mask, "keep": keep, "hold": self.hold,
+            "steps": self.steps, "guidance": self.guidance, "seed": draws.seed_of("fill trial", self.seed, i) % 2**31})
         return next(iter(command.images()))[0]
 
 

@@ -24,6 +24,7 @@ from vlm_client.critique import EditPlan
 
 PARTS = ("flux", "ae", "clip", "t5", "tokenizer", "tokenizer_2")
 MARK = "#e0218a"  # of a region's frame
+NOT_YET = ("shift", "times", "store", "reuse", "compile", "strips", "vram", "attention")  # flags that only t2i heeds
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,13 @@ class ArtAug(Sampling):
         if not self.prompt or not self.vlm:
             raise UserError("artaug came without a prompt or --vlm, expected both; start python -m vlm_client.measuring, or "
                             'a Qwen2-VL server, and add "a red circle" --vlm http://localhost:8000')
+        for name in NOT_YET:
+            if getattr(self, name) != type(self).__dataclass_fields__[name].default:
+                raise UserError(f"--{name} came with artaug, which does not heed it yet, expected others; leave it out")
         model, loras = preset(self.model), adapters.read(self.lora, preset(self.model))
+        if model.takes:
+            raise UserError(f"--model {model.name} draws from a {model.takes} too, expected one that needs a prompt alone; take "
+                            "--model demo or dev")
         size = width, height = self.width or model.width, self.height or model.height
         latents.check_size(*size)
         steps, guidance = self.steps or model.steps, model.guidance if self.guidance is None else self.guidance
@@ -53,7 +60,7 @@ class ArtAug(Sampling):
         found = weights.find(model, self.weights, {"flux": self.flux, "ae": self.ae, "clip": self.clip, "t5": self.t5})
         weights.require(found, *PARTS)
         files = {part: f"{found[part].path.name} {checkpoint.fingerprint(found[part].path)}" for part in PARTS
-                 if found[part].path.is_file()} | adapters.files(loras)
+                 if found[part].path.is_file()} | adapters.files(model, loras)
         critic = self.critic()
 
         def read(prompts: Sequence[str]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -68,7 +68,7 @@ class TextToImage(Conditioned):
         weights.require(found, *parts)
 
         files = {part: f"{found[part].path.name} {checkpoint.fingerprint(found[part].path)}" for part in parts
-                 if found[part].path.is_file()} | given.files | adapters.files(loras)
+                 if found[part].path.is_file()} | given.files | adapters.files(model, loras)
 
         words = [*prompts, *(area.prompt for area in areas), *([self.negative or ""] if self.guided else [])]
         plan = plan_of(self, model, found, place, given, loras, min(self.batch, len(jobs)), len(set(words)))
