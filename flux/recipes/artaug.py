@@ -50,8 +50,8 @@ class ArtAug(Sampling):
                 raise UserError(f"--{name} came with artaug, which does not heed it yet, expected others; leave it out")
         model, loras = preset(self.model), adapters.read(self.lora, preset(self.model))
         if model.takes:
-            raise UserError(f"--model {model.name} draws from a {model.takes} too, expected one that needs a prompt alone; take "
-                            "--model demo or dev")
+            raise UserError(f"--model {model.name} draws from a {model.takes} too, expected one that needs a prompt alone; "
+                            "take --model demo or dev")
         size = width, height = self.width or model.width, self.height or model.height
         latents.check_size(*size)
         steps, guidance = self.steps or model.steps, model.guidance if self.guidance is None else self.guidance
