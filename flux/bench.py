@@ -259,6 +259,10 @@ def _modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + shift
 
 
+def _mlp(layers: nn.Sequential, x: Tensor) -> Tensor:
+    return layers[2](F.gelu(layers[0](x), approximate="tanh"))
+
+
 def _double(block: nn.Module, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
     img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = block.img_mod(vec)
     txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = block.txt_mod(vec)
@@ -270,9 +274,9 @@ def _double(block: nn.Module, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor)
     attn = _attention(q, k, v, pe)
     txt_attn, img_attn = attn[:, :txt.shape[1]], attn[:, txt.shape[1]:]
     img = img + img_gate1 * block.img_attn.proj(img_attn)
-    img = img + img_gate2 * block.img_mlp(_modulate(img, img_shift2, img_scale2))
+    img = img + img_gate2 * _mlp(block.img_mlp, _modulate(img, img_shift2, img_scale2))
     txt = txt + txt_gate1 * block.txt_attn.proj(txt_attn)
-    txt = txt + txt_gate2 * block.txt_mlp(_modulate(txt, txt_shift2, txt_scale2))
+    txt = txt + txt_gate2 * _mlp(block.txt_mlp, _modulate(txt, txt_shift2, txt_scale2))
     return img, txt
 
 

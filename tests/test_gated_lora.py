@@ -18,11 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 from golden import load
 from kernels import gated_lora_linear as kernel
+from kernels import runtime
 from kernels.gated_lora_linear import Gate, fold, gated_lora_linear, stack
 from lora.adapter import Adapter, LowRank
 from lora.inject import Loras
 
-INTERPRETED = kernel.INTERPRETED
+INTERPRETED = runtime.INTERPRETED
 only_here = pytest.mark.skipif(INTERPRETED, reason="once is enough: not about the kernels")
 
 
