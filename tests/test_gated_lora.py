@@ -146,6 +146,17 @@ def test_either_against_float64(name, dtype):
         assert mine <= limit, f"{part}: {mine:.2e} above {limit:.2e}"
 
 
+@pytest.mark.parametrize("count", range(1, 9))
+def test_either_for_any_number_of_loras(count):
+    """Of mixed ranks; gates that compete for even numbers."""
+    given = case((1, 5), (2, 5, 3, 4, 1, 6, 2, 3)[:count], (24,), compete=count % 2 == 0, offset=False, columns=8)
+    given = given.to(torch.float32, torch.float32)
+    expected, actual = run(given.to(torch.float64, torch.float64), Case.eager), run(given, Case.ours)
+    for name, value in actual.items():
+        if not no_gradient(name, given):
+            assert error(value, expected[name]) <= 1e-5, name
+
+
 def adversarial(kind: str) -> tuple[Tensor, Tensor]:
     """B (O, R), h (M, R)."""
     g = torch.Generator().manual_seed(0)
