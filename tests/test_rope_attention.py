@@ -81,7 +81,7 @@ def test_the_reference_is_the_chain(streams):
 
 def test_gradients_of_the_reference_by_differences():
     """Of out and lse, for q, k, v and both norm scales, under a mask and a bias."""
-    given, pe, split = inputs(3, 8, torch.float64, heads=1)
+    given, pe, split = inputs(3, 16, torch.float64, heads=1)
     key_mask, bias = torch.tensor([[True, False, True]]), torch.randn(1, 1, 3, 3, dtype=torch.float64)
     assert torch.autograd.gradcheck(lambda *given: reference(*given, pe, split, key_mask, bias), given)
 
