@@ -407,7 +407,7 @@ def heading(bench: Bench, place: torch.device) -> str:
 sizes    {step}
          {texts}; autoencoder {bench.ae_width} wide, {edge} x {edge} pixels
 error    max|ours - theirs| / max|theirs|, before the clock starts; backward is forward and backward, its gradient for img
-ms       {bench.clock} time, medians of {bench.repeats} rounds in turn; ratio ours / theirs: median of rounds (least-greatest)
+ms       {bench.clock} time, medians of {bench.repeats} rounds in turn; ratio ours / theirs: their median (least-greatest)
 MB       peak of one call in a fresh process, beyond weights and inputs
 """
 
