@@ -259,11 +259,12 @@ def tables(layout: Layout, device: torch.device, dtype: torch.dtype) -> Tables:
             roots.append((first, last, at))
             at += (last - first) ** 2
     most = max(b - a for a, b in zip(layout.used[::2], layout.used[1::2], strict=True))
-    block = 16 if most <= 16 else 32 if most <= 32 or dtype == torch.float32 else 64  # 64 in float32 spills
+    align = 1 if any(edge % 16 for edge in layout.ranks + layout.cuts + layout.used) else 16
+    small = most <= 16 or align == 1  # what is not aligned spills above 16, float32 above 32
+    block = 16 if small else 32 if most <= 32 or dtype == torch.float32 else 64
     chunks = [(i, r, min(r + block, b)) for i, (a, b) in enumerate(pairwise(layout.ranks)) for r in range(a, b, block)]
     made = (torch.tensor(each, dtype=torch.int32, device=device) for each in
             (layout.slices, tiles, layout.used, roots, chunks))
-    align = 1 if any(edge % 16 for edge in layout.ranks + layout.cuts + layout.used) else 16
     return Tables(*made, block, align, tuple(spans))
 
 
@@ -316,9 +317,9 @@ def described(*kernels: Callable) -> Iterator[tuple[str, Callable, dict[str, str
     kinds = (("bf16", 16), ("bf16", 32), ("bf16", 64), ("fp16", 64), ("fp32", 16), ("fp32", 32))
     seen = set()
     for (dtype, block), form in product(kinds, ("", "plain", "unaligned", "compete", "compete unaligned")):
-        if dtype == "fp16" and form:
-            continue  # differs from bf16 in nothing but its instructions
         plain, align = form == "plain", 1 if "unaligned" in form else 16
+        if dtype == "fp16" and form or align == 1 and block > 16:
+            continue  # fp16 differs from bf16 in nothing but its instructions; the others are not launched
         for kernel in kernels:
             rows, warps, stages = blocks(kernel.__name__, torch.float32 if dtype == "fp32" else torch.bfloat16)
             constants = {"GATED": not plain, "COMPETE": "compete" in form, "OFFSET": not plain, "FAST": dtype != "fp32",

@@ -110,7 +110,7 @@ CASES = {
     "one row, eight LoRAs": case((1, 1), (2, 4, 3, 5, 2, 4, 3, 2), (40,), offset=False),
     "63 rows, two slices, an absent one": case((1, 63), (4, None, (3, 5), (0, 4))),
     "100 rows, competing": case((2, 50), (4, 9), compete=True),
-    "257 rows, rank beyond a block": case((257,), (70,), (40,), offset=False),
+    "257 rows, rank beyond a block": case((257,), (80,), (48,), offset=False),
     "outputs beyond what is read at a time": case((1, 3), (2,), (1100,), offset=False),
     "competing in one slice": case((1, 33), (4, 3, 2), (70,), compete=True, offset=False),
     "without a gate": case((1, 63), (4, (3, 5), (0, 4)), gated=False),
