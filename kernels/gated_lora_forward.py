@@ -269,11 +269,9 @@ def tables(layout: Layout, device: torch.device, dtype: torch.dtype) -> Tables:
 
 
 def blocks(name: str, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Rows, warps and stages. In float32 products are made without the matrix unit: half the rows, `sweep` by more warps."""
+    """Rows, warps and stages. In float32 products are made without the matrix unit, of half the rows at a time."""
     rows, warps, stages = BLOCKS[name]
-    if dtype == torch.float32 and rows == 32:
-        return 16, 16 if name == "sweep" else warps, stages
-    return rows, warps, stages
+    return 16 if dtype == torch.float32 and rows == 32 else rows, warps, stages
 
 
 def launch(kernel: Callable, grid: Callable[[int], tuple[int, int]], *args: object, **constants: object) -> None:
