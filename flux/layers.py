@@ -46,7 +46,11 @@ class RMSNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype == torch.float32:
             return F.rms_norm(x, self.scale.shape, self.scale, eps=1e-6)
-        return F.rms_norm(x.float(), self.scale.shape, eps=1e-6).to(x.dtype) * self.scale  # two roundings, as released
+        wide = x.float()
+        if torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return F.rms_norm(wide, self.scale.shape, eps=1e-6).to(x.dtype) * self.scale  # two roundings, as released
+        squares = torch.linalg.vector_norm(wide, dim=-1, keepdim=True).square_()          # the same in half the time
+        return wide.mul_(squares.div_(x.shape[-1]).add_(1e-6).rsqrt_()).to(x.dtype).mul_(self.scale)
 
 
 class QKNorm(nn.Module):
@@ -87,9 +91,27 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
-def _mlp(config: FluxConfig) -> nn.Sequential:
-    return nn.Sequential(nn.Linear(config.hidden_size, config.mlp_hidden), nn.GELU(approximate="tanh"),
+def gelu_in_product(layer: nn.Module, x: Tensor) -> bool:
+    """Whether gelu can be a part of oneDNN's product, which saves a pass that takes a quarter of its time, and a rounding:
+    bfloat16 on the CPU, a plain layer, no gradients."""
+    return (x.device.type == "cpu" and x.dtype == torch.bfloat16 and type(layer) is nn.Linear and not torch.is_grad_enabled()
+            and not torch.compiler.is_compiling() and torch.backends.mkldnn.is_available()
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
+
+
+class MLP(nn.Sequential):
+    def __init__(self, config: FluxConfig):
+        super().__init__(nn.Linear(config.hidden_size, config.mlp_hidden), nn.GELU(approximate="tanh"),
                          nn.Linear(config.mlp_hidden, config.hidden_size))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if gelu_in_product(self[0], x):
+            return self[2](linear_gelu(x, self[0].weight, self[0].bias))
+        return super().forward(x)
 
 
 class DoubleStreamBlock(nn.Module):
@@ -101,10 +123,10 @@ class DoubleStreamBlock(nn.Module):
         super().__init__()
         self.img_mod = Modulation(config.hidden_size, 6)
         self.img_attn = SelfAttention(config.hidden_size, config.num_heads, config.qkv_bias)
-        self.img_mlp = _mlp(config)
+        self.img_mlp = MLP(config)
         self.txt_mod = Modulation(config.hidden_size, 6)
         self.txt_attn = SelfAttention(config.hidden_size, config.num_heads, config.qkv_bias)
-        self.txt_mlp = _mlp(config)
+        self.txt_mlp = MLP(config)
 
     def forward(self, img: Tensor, txt: Tensor, vec: Tensor, pe: Tensor) -> tuple[Tensor, Tensor]:
         """img (B, L_img, D), txt (B, L_txt, D), vec (B, D), pe over text then image -> img, txt."""
@@ -137,8 +159,8 @@ class SingleStreamBlock(nn.Module):
     def __init__(self, config: FluxConfig):
         super().__init__()
         self.num_heads = config.num_heads
-        self.widths = (*[config.hidden_size] * 3, config.mlp_hidden)
-        self.linear1 = nn.Linear(config.hidden_size, sum(self.widths))
+        self.mlp_hidden = config.mlp_hidden
+        self.linear1 = nn.Linear(config.hidden_size, 3 * config.hidden_size + config.mlp_hidden)
         self.linear2 = nn.Linear(config.hidden_size + config.mlp_hidden, config.hidden_size)
         self.norm = QKNorm(config.head_dim)
         self.modulation = Modulation(config.hidden_size, 3)
@@ -146,13 +168,20 @@ class SingleStreamBlock(nn.Module):
     def forward(self, x: Tensor, vec: Tensor, pe: Tensor) -> Tensor:
         """x (B, L_txt + L_img, D), vec (B, D) -> x."""
         shift, scale, gate = self.modulation(vec)
-        return torch.addcmul(x, gate, self.linear2(self.branches(self.linear1(modulate(x, shift, scale)), pe)))
+        return torch.addcmul(x, gate, self.linear2(self.branches(modulate(x, shift, scale), pe)))
 
-    def branches(self, joined: Tensor, pe: Tensor) -> Tensor:
-        """linear1's output (B, L, 3D + 4D), freed on return -> attention beside MLP (B, L, D + 4D)."""
-        *qkv, mlp = joined.split(self.widths, dim=-1)
-        q, k, v = (rearrange(x, "b l (h e) -> b l h e", h=self.num_heads) for x in qkv)
-        return BesideGelu.apply(attention(q, k, v, pe, (self.norm,), way=self.attention_way), mlp)
+    def branches(self, x: Tensor, pe: Tensor) -> Tensor:
+        """Modulated x (B, L, D) -> attention beside MLP (B, L, D + 4D). linear1's output is freed on return."""
+        rows = 3 * x.shape[-1], self.mlp_hidden
+        if gelu_in_product(self.linear1, x):
+            (qkv, mlp), (qkv_bias, mlp_bias) = self.linear1.weight.split(rows), self.linear1.bias.split(rows)
+            return torch.cat((self.attend(F.linear(x, qkv, qkv_bias), pe), linear_gelu(x, mlp, mlp_bias)), dim=-1)
+        qkv, mlp = self.linear1(x).split(rows, dim=-1)
+        return BesideGelu.apply(self.attend(qkv, pe), mlp)
+
+    def attend(self, qkv: Tensor, pe: Tensor) -> Tensor:
+        q, k, v = rearrange(qkv, "b l (three h e) -> three b l h e", three=3, h=self.num_heads)
+        return attention(q, k, v, pe, (self.norm,), way=self.attention_way)
 
 
 class BesideGelu(torch.autograd.Function):

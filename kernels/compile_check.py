@@ -1,6 +1,6 @@
 """Compiles every configuration of every kernel for compute capabilities 8.0, 8.9 and 9.0, on any machine with Triton.
 
-    python -m kernels.compile_check [--only rope_attention] [--match bf16] [--target 90]
+    python -m kernels.compile_check [--only rope_attention] [--match bf16] [--target 90] [--table table.md]
 
 No GPU is needed: Triton is told the target, and its wheel holds the assembler. Fails if a kernel spills registers to memory,
 does not fit into the card's shared memory, or multiplies matrices without the matrix unit where it should use it.
@@ -76,7 +76,7 @@ def build(job: tuple[str, int, int]) -> Result:
     place = triton.backends.compiler.GPUTarget("cuda", target, 32)
     options = {"num_warps": warps, "num_stages": stages, "enable_fp_fusion": True}
     built = triton.compile(source, target=place, options=options)
-    code, usage = built.asm["sass"], resources(built.asm["cubin"])
+    usage, code = disassembled(built.asm["cubin"])
     products = len(re.findall(r"\b(?:HMMA|HGMMA|QGMMA|IMMA)\b", code))
     expects = "tl.dot" in built.asm["source"] or "tt.dot" in built.asm["ttir"]
     half = any(kind in ("*bf16", "*fp16") for kind in signature.values())
@@ -84,14 +84,29 @@ def build(job: tuple[str, int, int]) -> Result:
                   usage["STACK"], products, half and expects)
 
 
-def resources(binary: bytes) -> dict[str, int]:
-    """What the assembler gave the kernel: REG per thread, STACK bytes per thread."""
+def disassembled(binary: bytes) -> tuple[dict[str, int], str]:
+    """What the assembler gave the kernel, REG per thread and STACK bytes per thread, and the kernel's instructions."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary)
         file.flush()
         tool = triton.knobs.nvidia.cuobjdump.path
-        said = subprocess.run([tool, "--dump-resource-usage", file.name], check=True, capture_output=True, text=True).stdout
-    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said)}
+        said = [subprocess.run([tool, f"--dump-{what}", file.name], check=True, capture_output=True, text=True).stdout
+                for what in ("resource-usage", "sass")]
+    return {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", said[0])}, said[1]
+
+
+def table(results: list[Result]) -> Iterator[str]:
+    """Markdown: per kernel, dtype and target the number of configurations, and the range of what they take."""
+    groups = {}
+    for result in results:
+        groups.setdefault((*result.name.split()[1:3], result.target), []).append(result)
+    yield "| kernel | dtype | sm | configurations | registers | shared KB | spills |"
+    yield "|---|---|---|---|---|---|---|"
+    for (kernel, dtype, target), some in groups.items():
+        registers, shared = sorted(r.registers for r in some), sorted(round(r.shared / 1024) for r in some)
+        spills = sum(r.spills + (r.stack > 0) for r in some)
+        ranges = (str(all[0]) if all[0] == all[-1] else f"{all[0]}-{all[-1]}" for all in (registers, shared))
+        yield f"| {kernel} | {dtype} | {target} | {len(some)} | {' | '.join(ranges)} | {spills} |"
 
 
 def main(argv: list[str]) -> int:
@@ -99,6 +114,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--only", choices=files(), help="file of kernels (default: all)")
     parser.add_argument("--match", default="", help="part of a configuration's name (default: all)")
     parser.add_argument("--target", type=int, choices=sorted(SHARED_LIMIT), help="compute capability (default: each)")
+    parser.add_argument("--table", type=Path, help="also write a summary there, as Markdown")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one per core)")
     flags = parser.parse_args(argv)
     if triton is None:
@@ -106,13 +122,16 @@ def main(argv: list[str]) -> int:
         return 2
     print(f"triton {triton.__version__}")
     print(COLUMNS.format("configuration", "sm", "regs", "shared KB", "spills", "stack", "products", "fault"))
-    faults = 0
+    results = []
     with ProcessPoolExecutor(flags.jobs) as pool:
         for result in pool.map(build, jobs(flags.only, flags.match, flags.target)):
-            faults += bool(result.fault)
+            results.append(result)
             print(COLUMNS.format(result.name, result.target, result.registers, f"{result.shared / 1024:.1f}", result.spills,
                                  result.stack, result.products, result.fault), flush=True)
-    print(f"{faults} faults")
+    faults = sum(bool(result.fault) for result in results)
+    print(f"{len(results)} configurations, {faults} faults")
+    if flags.table:
+        flags.table.write_text("\n".join((f"triton {triton.__version__}", "", *table(results), "")))
     return int(faults > 0)
 
 

@@ -331,9 +331,9 @@ BLOCKS = {
     "attention_kernel": {2: {32: (128, 64, 8, 2), 64: (128, 64, 8, 2), 128: (128, 64, 8, 3)},
                          4: HOPPER_BLOCKS["attention_kernel"][4]},
     "attention_backward_q_kernel": {2: {32: (64, 64, 4, 2), 64: (64, 64, 4, 2), 128: (64, 64, 4, 2)},
-                                    4: HOPPER_BLOCKS["attention_backward_q_kernel"][4]},
-    "attention_backward_kv_kernel": {2: {32: (64, 64, 8, 2), 64: (64, 64, 8, 2), 128: (32, 64, 8, 2)},
-                                     4: HOPPER_BLOCKS["attention_backward_kv_kernel"][4]},
+                                    4: {32: (32, 16, 4, 2), 64: (32, 16, 4, 2), 128: (16, 16, 4, 2)}},
+    "attention_backward_kv_kernel": {2: {32: (64, 64, 8, 2), 64: (32, 64, 8, 2), 128: (32, 64, 8, 2)},
+                                     4: {32: (32, 32, 8, 1), 64: (32, 32, 4, 1), 128: (32, 32, 8, 1)}},
 }
 
 

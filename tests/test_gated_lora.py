@@ -18,11 +18,12 @@ from torch.utils.checkpoint import checkpoint
 
 from golden import load
 from kernels import gated_lora_linear as kernel
+from kernels import runtime
 from kernels.gated_lora_linear import Gate, fold, gated_lora_linear, stack
 from lora.adapter import Adapter, LowRank
 from lora.inject import Loras
 
-INTERPRETED = kernel.INTERPRETED
+INTERPRETED = runtime.INTERPRETED
 only_here = pytest.mark.skipif(INTERPRETED, reason="once is enough: not about the kernels")
 
 
@@ -109,7 +110,8 @@ CASES = {
     "one row, eight LoRAs": case((1, 1), (2, 4, 3, 5, 2, 4, 3, 2), (40,), offset=False),
     "63 rows, two slices, an absent one": case((1, 63), (4, None, (3, 5), (0, 4))),
     "100 rows, competing": case((2, 50), (4, 9), compete=True),
-    "257 rows, rank beyond a block": case((257,), (20,), (40,), offset=False),
+    "257 rows, rank beyond a block": case((257,), (80,), (48,), offset=False),
+    "outputs beyond what is read at a time": case((1, 3), (2,), (1100,), offset=False),
     "competing in one slice": case((1, 33), (4, 3, 2), (70,), compete=True, offset=False),
     "without a gate": case((1, 63), (4, (3, 5), (0, 4)), gated=False),
 }
@@ -143,6 +145,17 @@ def test_either_against_float64(name, dtype):
             continue
         mine, limit = error(value, expected[part]), max(1.5 * error(chain[part], expected[part]), 2e-6)
         assert mine <= limit, f"{part}: {mine:.2e} above {limit:.2e}"
+
+
+@pytest.mark.parametrize("count", range(1, 9))
+def test_either_for_any_number_of_loras(count):
+    """Of mixed ranks; gates that compete for even numbers."""
+    given = case((1, 5), (2, 5, 3, 4, 1, 6, 2, 3)[:count], (24,), compete=count % 2 == 0, offset=False, columns=8)
+    given = given.to(torch.float32, torch.float32)
+    expected, actual = run(given.to(torch.float64, torch.float64), Case.eager), run(given, Case.ours)
+    for name, value in actual.items():
+        if not no_gradient(name, given):
+            assert error(value, expected[name]) <= 1e-5, name
 
 
 def adversarial(kind: str) -> tuple[Tensor, Tensor]:

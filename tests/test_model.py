@@ -1,6 +1,7 @@
 """The transformer: recorded tensors, released names and sizes, identities, gradients, and deliberately wrong variants."""
 
 import json
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -422,3 +423,16 @@ def test_gelu_beside_attention_is_its_two_operations():
     compiled = torch.compile(lambda a, b: joined(a, b).square().sum(), backend="aot_eager", fullgraph=True)
     compiled(a, b).backward()
     torch.testing.assert_close(b.grad, torch.autograd.grad(F.gelu(b, approximate="tanh").square().sum(), b)[0])
+
+
+def test_gelu_is_as_exact_within_the_product_as_after_it():
+    """bfloat16 without gradients: rounded once less. Both in the MLP of a double block and in a single block."""
+    torch.manual_seed(0)
+    mlp, single = layers.MLP(TINY).bfloat16(), layers.SingleStreamBlock(TINY).bfloat16()
+    x, pe = torch.randn(2, 37, TINY.hidden_size).bfloat16(), torch.ones(1, 37, 1, TINY.head_dim // 2, dtype=torch.complex64)
+    for function, wide in ((mlp, deepcopy(mlp).double()), (lambda x: single.branches(x, pe),
+                                                         lambda x: deepcopy(single).double().branches(x, pe))):
+        exact = wide(x.double())
+        apart = (function(x) - exact).norm()
+        with torch.no_grad():
+            assert (function(x) - exact).norm() <= 1.02 * apart <= 0.02 * exact.norm()

@@ -20,8 +20,10 @@ from flux.config import TINY
 from flux.errors import UserError
 from flux.layers import QKNorm
 from flux.model import Flux
-from kernels import compile_check, rope_attention, runtime
+from kernels import compile_check, gated_lora_linear, rope_attention, runtime
 from kernels.rope_attention import norm_rope_reference, reference, why_not, with_lse
+from lora.adapter import Adapter, LowRank
+from lora.inject import Loras
 
 needs_triton = pytest.mark.skipif(runtime.triton is None, reason="triton is not installed")
 interpreted = pytest.mark.skipif(not runtime.INTERPRETED, reason="runs under TRITON_INTERPRET=1, in the process that "
@@ -75,6 +77,13 @@ def test_the_reference_is_the_chain(streams):
     assert error(rope_attention.sdpa(q, k, given[2]), out) < 1e-12
     logits = torch.einsum("blhe,bmhe->bhlm", q, k) / math.sqrt(32)
     assert error(logits.exp().sum(-1).log(), lse) < 1e-12
+
+
+def test_gradients_of_the_reference_by_differences():
+    """Of out and lse, for q, k, v and both norm scales, under a mask and a bias."""
+    given, pe, split = inputs(3, 16, torch.float64, heads=1)
+    key_mask, bias = torch.tensor([[True, False, True]]), torch.randn(1, 1, 3, 3, dtype=torch.float64)
+    assert torch.autograd.gradcheck(lambda *given: reference(*given, pe, split, key_mask, bias), given)
 
 
 def test_masks_of_the_reference_are_those_of_torch():
@@ -224,11 +233,16 @@ def test_kernel_operations_are_known_to_torch():
 @interpreted
 @pytest.mark.parametrize("way", ("triton", "sdpa"))
 def test_kernel_inside_compiled_and_checkpointed_blocks(way):
-    """fullgraph, forward and backward; a block that is computed again gives the same gradients; all near the plain chain."""
+    """With a LoRA beside a layer of each, so both kernels in one graph. fullgraph, forward and backward; a block that is
+    computed again gives the same gradients; all near the plain chain."""
     torch.manual_seed(0)
     config = replace(TINY, hidden_size=64, axes_dim=(8, 12, 12))
     double, single = layers.DoubleStreamBlock(config), layers.SingleStreamBlock(config)
     double.attention_way = single.attention_way = way
+    for block, layer in ((double, "img_attn.qkv"), (single, "linear1")):
+        factors = torch.randn(3, 64), torch.randn(block.get_submodule(layer).out_features, 3)
+        Loras(block).attach("it", Adapter({layer: (LowRank(*factors, 0.1),)}), 0.5)
+        assert block.get_submodule(layer).plan.beside is not None  # that is: the kernel's
     img, txt, vec = torch.randn(1, 5, 64), torch.randn(1, 2, 64), torch.randn(1, 64)
     pe = attention.rotary_table(torch.randint(9, (1, 7, 3)), config.axes_dim, config.theta)
 
@@ -246,6 +260,7 @@ def test_kernel_inside_compiled_and_checkpointed_blocks(way):
     again = gradients(lambda img, txt: checkpoint(blocks, img, txt, use_reentrant=False))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(attention, "why_not", lambda *_: "not now")
+        patch.setattr(gated_lora_linear, "fused", lambda *_: False)
         double.attention_way = single.attention_way = "auto"
         plain = gradients(blocks)
     for a, b, c, d in zip(eager, compiled, again, plain, strict=True):
