@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from flux import edges
 from flux.config import SwinirConfig
 
 MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K's pictures, RGB in [0, 1]
@@ -143,17 +144,5 @@ class Swinir(nn.Module):
 
     def restore(self, image: Tensor) -> Tensor:
         """image (B, 3, H, W) in [-1, 1] of any size -> its proxy, the same size and range (lucidflux.md section 1)."""
-        padded, (height, width) = pad(image, self.config.step), image.shape[2:]
+        padded, (height, width) = edges.filled(image, self.config.step), image.shape[2:]
         return 2 * self((padded.float().clamp(-1, 1) + 1) / 2)[..., :height, :width].clamp(0, 1) - 1
-
-
-def pad(image: Tensor, step: int) -> Tensor:
-    """Reflected on the right and at the bottom up to multiples of `step`; as often as it takes for a small picture."""
-    height, width = (-(-edge // step) * step for edge in image.shape[2:])
-    return image[:, :, mirrored(image.shape[2], height)][..., mirrored(image.shape[3], width)]
-
-
-def mirrored(length: int, wanted: int) -> Tensor:
-    """(wanted,) indices 0, 1, ..., length - 1, length - 2, ..., 1, 0, 1, ..."""
-    at = torch.arange(wanted) % max(2 * length - 2, 1)
-    return torch.minimum(at, 2 * length - 2 - at) if length > 1 else torch.zeros(wanted, dtype=torch.long)

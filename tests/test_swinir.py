@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from flux import swinir, wavelet
+from flux import edges, swinir, wavelet
 from flux.config import LUCID, SwinirConfig
 from golden import load
 
@@ -60,7 +60,7 @@ def test_any_size_comes_back(size):
     model, image = small(), torch.rand(3, 3, *size) * 2 - 1
     out = model.restore(image)
     assert out.shape == image.shape and out.abs().max() <= 1
-    whole = swinir.pad(image, 64)
+    whole = edges.filled(image, 64)
     assert whole.shape[2] % 64 == whole.shape[3] % 64 == 0
     assert torch.equal(out, 2 * model((whole + 1) / 2).clamp(0, 1)[..., :size[0], :size[1]] - 1)
     if min(size) > 63:
