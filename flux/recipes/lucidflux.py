@@ -5,7 +5,7 @@ The road of a picture is in `flux/restore.py`; the network in `flux/lucidflux.py
 
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -67,7 +67,7 @@ class Restore(Sampling):
         jobs = self.jobs()
         found, places = restore.find(model, self.weights, {name: getattr(self, name) for name in (
             "flux", "ae", "clip", "t5", "lucidflux", "swinir", "siglip", "prompt")})
-        given, broken = [], []
+        given, broken, named = [], [], {path: (reference,) if reference else () for path, reference in jobs}
         for path, reference in jobs:
             try:
                 pil = self.enlarged(path)
@@ -86,8 +86,10 @@ class Restore(Sampling):
                 lq = pictures.to_tensor(pil)
                 after, proxy = (pictures.to_pil(x)[0] for x in restore.restore(networks, lq, how, step=bar.update))
                 figures = measured(reference, {"input": pil, "proxy": proxy, "restored": after})
+                alone = replace(self, picture=(path,), reference=named[path])
                 yield after, {"prompt": path.name, "seed": self.seed, "steps": how.steps, "guidance": how.guidance,
-                              "model": self.model, "files": files, **({"figures": figures} if figures else {}),
+                              "model": self.model, "config": alone, "files": files,
+                              **({"figures": figures} if figures else {}),
                               **({"sheet": sheet(pil, proxy, after, reference, figures)} if self.sheet else {})}
         if broken:
             print(f"{len(broken)} of {len(jobs)} pictures could not be restored:", *broken, sep="\n  ", file=sys.stderr)
