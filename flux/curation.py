@@ -1,12 +1,13 @@
 """Which pictures of a folder are worth training a restorer on: `python -m flux.data curate FOLDER`.
 
 As LucidFlux chose 342,000 of 2.9 million (lucidflux.md section 10.1): neither blurred nor all noise, not flat, and of the
-rest the best fifth by a judge of quality. Its judge is CLIP-IQA; where its weights are not given, a measured stand-in
-takes its place (`quality.clarity`) and the report says so.
+rest the best fifth by a judge of quality: CLIP-IQA, where --clip names its weights, else a stand-in that knows edges and
+noise (`quality.clarity`); the report says which.
 
     curation.jsonl  a line per picture with its figures, written as it goes: a second run measures what is new or changed
     kept.jsonl      what is kept, in the form that --data reads
     curation.md     how many each rule left, and the figures' distribution beside the thresholds
+    .curation.png   some of what each rule left out, with the figure, and some of what is kept: to look at, before training
 """
 
 import argparse
@@ -18,16 +19,18 @@ from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import pairwise
 from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from tqdm import tqdm
 
-from flux import data, pictures, quality
+from flux import checkpoint, data, pictures, quality
 from flux.errors import UserError
 
-JUDGE = "edges over noise in dB, a stand-in that knows nothing of what is shown (flux/quality.py)"
+STAND_IN = "edges over noise in dB, a stand-in that knows nothing of what is shown (flux/quality.py)"
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,21 @@ def _rows(ledger: Path) -> Iterator[dict]:
                 yield row
 
 
-def choose(rows: list[dict], rules: Rules) -> list[tuple[str, list[dict]]]:
-    """[(rule, pictures that it leaves)] in order, from all of them to those that are kept."""
+def judged(rows: list[dict], folder: Path, clip: Path) -> None:
+    """CLIP-IQA of these pictures, from curation.jsonl where it stands there by the same weights, else added to it."""
+    from flux import clip_iqa  # brings torch, which only this needs
+
+    judge, made_by = clip_iqa.load(clip), checkpoint.fingerprint(checkpoint.locate(clip))
+    with (folder / "curation.jsonl").open("a", encoding="utf-8") as file:
+        for row in tqdm(rows, desc="judging", disable=None):
+            if row.get("judge") != made_by:
+                row |= {"clip_iqa": round(judge(pictures.read(folder / row["file"])), 6), "judge": made_by}
+                file.write(json.dumps(row) + "\n")
+                file.flush()
+
+
+def passing(rows: list[dict], rules: Rules) -> list[tuple[str, list[dict]]]:
+    """[(rule, pictures that it leaves)] of the rules that need no judge."""
     left = [row for row in rows if "broken" not in row]
     stages = [("can be read", left)]
     low, high = rules.blur
@@ -104,18 +120,22 @@ def choose(rows: list[dict], rules: Rules) -> list[tuple[str, list[dict]]]:
     stages.append((f"sharp, not all noise: {low:g} <= variance of the Laplacian <= {high:g}", left))
     left = [row for row in left if row["flat"] <= rules.flat]
     stages.append((f"not flat: at most {rules.flat:.0%} of patches of 240 x 240", left))
-    best = sorted(left, key=lambda row: (-row["score"], row["file"]))[:round(rules.keep * len(left))]
-    kept = {row["file"] for row in best}
-    stages.append((f"the best {rules.keep:.0%} by the judge", [row for row in left if row["file"] in kept]))
     return stages
 
 
-def report(rows: list[dict], stages: list[tuple[str, list[dict]]], folder: Path) -> str:
+def best(left: list[dict], rules: Rules, judge: str = "score") -> tuple[str, list[dict]]:
+    """The last rule; of equal pictures the first by name."""
+    order = sorted(left, key=lambda row: (-row[judge], row["file"]))[:round(rules.keep * len(left))]
+    kept = {row["file"] for row in order}
+    return f"the best {rules.keep:.0%} by the judge", [row for row in left if row["file"] in kept]
+
+
+def report(rows: list[dict], stages: list[tuple[str, list[dict]]], folder: Path, judge: str) -> str:
     broken = [row for row in rows if "broken" in row]
     lines = [f"# Curation of {folder.name}", "", "| rule | pictures left |", "|---|---|", f"| all | {len(rows)} |"]
     lines += [f"| {rule} | {len(left)} |" for rule, left in stages]
-    lines += ["", f"Judge: {JUDGE}.", "", "| figure | least | 5 % | 25 % | median | 75 % | 95 % | most |", "|---" * 8 + "|"]
-    for name in ("blur", "flat", "score"):
+    lines += ["", f"Judge: {judge}.", "", "| figure | least | 5 % | 25 % | median | 75 % | 95 % | most |", "|---" * 8 + "|"]
+    for name in ("blur", "flat", "score", "clip_iqa"):
         values = [row[name] for row in rows if name in row] or [float("nan")]
         points = np.percentile(values, (0, 5, 25, 50, 75, 95, 100))
         lines.append(f"| {name} | {' | '.join(f'{value:.4g}' for value in points)} |")
@@ -124,23 +144,45 @@ def report(rows: list[dict], stages: list[tuple[str, list[dict]]], folder: Path)
     return "\n".join(lines) + "\n"
 
 
-def curate(folder: Path, rules: Rules, workers: int) -> str:
+def sheet(stages: list[tuple[str, list[dict]]], folder: Path, judge: str, most: int = 6) -> Image.Image | None:
+    """A row for each rule, spread over what it left out; the last one over what is kept. None where nothing can be read."""
+    rows = [[row for row in before if row not in after] for (_, before), (_, after) in pairwise(stages)] + [stages[-1][1]]
+    pils, captions = [], []
+    for name, members in zip(("blur", "flat", judge, "kept"), rows, strict=True):
+        picked = [members[i * len(members) // most] for i in range(min(most, len(members)))]
+        for row in picked:
+            pil = pictures.read(folder / row["file"])
+            pil.thumbnail((256, 256))
+            pils.append(pil)
+            captions.append(f"kept: {judge} {row[judge]:g}" if name == "kept" else f"out: {name} {row[name]:g}")
+        pils += [Image.new("RGB", (256, 256), pictures.PAPER)] * (most - len(picked)) if picked else []
+        captions += [""] * (most - len(picked)) if picked else []
+    return pictures.contact_sheet(pils, most, captions) if pils else None
+
+
+def curate(folder: Path, rules: Rules, workers: int, clip: Path | None = None) -> str:
     if not folder.is_dir():
         raise UserError(f"{folder} is no folder, expected one of pictures; check the name")
     names = [item.path.name for item in data.folder(folder)]
     if not names:
         raise UserError(f"no pictures in {folder}; expected {', '.join(sorted(data.SUFFIXES))}, not in folders below it")
     try:
-        rows = list(measured(folder, names, workers).values())
-        stages = choose(sorted(rows, key=lambda row: row["file"]), rules)
+        rows = sorted(measured(folder, names, workers).values(), key=lambda row: row["file"])
+        stages = passing(rows, rules)
+        if clip:
+            judged(stages[-1][1], folder, clip)
+        judge = "clip_iqa" if clip else "score"
+        stages.append(best(stages[-1][1], rules, judge))
         captions = {item.path.name: item.caption for item in data.folder(folder)}
         kept = [{"file": row["file"], **({"prompt": captions[row["file"]]} if captions[row["file"]] else {})}
                 for row in stages[-1][1]]
-        text = report(sorted(rows, key=lambda row: row["file"]), stages, folder)
+        text = report(rows, stages, folder, f"CLIP-IQA of {clip.name}" if clip else STAND_IN)
         for name, content in (("kept.jsonl", "".join(json.dumps(row) + "\n" for row in kept)), ("curation.md", text)):
             draft = folder / f".{name}.part"
             draft.write_text(content, encoding="utf-8")
             os.replace(draft, folder / name)
+        if seen := sheet(stages, folder, judge):
+            pictures.write_png(folder / ".curation.png", seen, None)
     except PermissionError as error:
         raise UserError(f"{error.filename}: {error.strerror.lower()}; expected a folder that can be written to: copy it "
                         "elsewhere") from None
@@ -156,14 +198,17 @@ def main(argv: list[str] | None = None) -> int:
                         help="bounds of the Laplacian's variance (150 8000)")
     parser.add_argument("--flat", type=share, default=rules["flat"], help="largest share of flat patches (0.5)")
     parser.add_argument("--keep", type=share, default=rules["keep"], help="share of the rest that is kept (0.2)")
+    parser.add_argument("--clip", type=Path, metavar="DIR", help="openai/clip-vit-large-patch14, to judge by CLIP-IQA")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes (one per core)")
     flags, started = parser.parse_args(argv), time.perf_counter()
     try:
-        text = curate(flags.folder, Rules(tuple(flags.blur), flags.flat, flags.keep), max(1, flags.workers))
+        rules = Rules(tuple(flags.blur), flags.flat, flags.keep)
+        text = curate(flags.folder, rules, max(1, flags.workers), flags.clip)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print(f"{text}\n{time.perf_counter() - started:.1f} seconds; kept.jsonl and curation.md are in {flags.folder}")
+    print(f"{text}\n{time.perf_counter() - started:.1f} seconds; kept.jsonl, curation.md and .curation.png are in "
+          f"{flags.folder}")
     return 0
 
 

@@ -254,24 +254,38 @@ def remake(made: Path, clean: Path) -> Tensor:
                         "python -m flux.degradation; name another picture") from error
 
 
+def told(step: dict) -> str:
+    """A step in a word: its name and its first number."""
+    number = next((value for value in step.values() if type(value) in (int, float)), None)
+    return step["op"] if number is None else f"{step['op']} {number:.3g}"
+
+
 def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m flux.degradation", description="Makes low-quality pictures.")
     parser.add_argument("pictures", type=Path, nargs="+", metavar="PICTURE")
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for what is made (default: out)")
     parser.add_argument("--seed", type=int, default=0, help="of the recipes (default: 0)")
+    parser.add_argument("--count", type=int, default=1, help="of each picture, by other recipes (default: 1)")
     parser.add_argument("--scale", type=int, default=4, help="times smaller in between (default: 4)")
     parser.add_argument("--published", action="store_true", help="only what LucidFlux was trained on")
     parser.add_argument("--again", type=Path, metavar="CLEAN", help="make PICTURE, whose file says how, again from this")
     flags = parser.parse_args(argv)
     kind = Degradation(flags.scale, *([0.0] * 5 if flags.published else []))
     try:
-        for i, path in enumerate(flags.pictures):
+        jobs, shown = [(path, i) for path in flags.pictures for i in range(max(1, flags.count))], []
+        for i, (path, _) in enumerate(jobs):
             steps = pictures.read_metadata(path).get("degradation") if flags.again else \
                 recipe(draws.rng("degradation", flags.seed, i), kind)
-            made = remake(path, flags.again) if flags.again else apply(to_unit(pictures.read(path)), steps)
+            made = to_picture(remake(path, flags.again) if flags.again else apply(to_unit(pictures.read(path)), steps))
             to = pictures.next_path(flags.out, flags.seed)
-            pictures.write_png(to, to_picture(made), {"degradation": steps, "source": path.name, "seed": flags.seed})
+            pictures.write_png(to, made, {"degradation": steps, "source": path.name, "seed": flags.seed})
+            shown.append((made, " ".join(told(step) for step in steps[:-1]) or "clean"))
             print(to)
+        if len(shown) > 1:
+            sheet = to.with_name(f"{to.stem}_sheet.png")
+            pictures.write_png(sheet, pictures.contact_sheet([pil for pil, _ in shown], max(4, round(len(shown) ** 0.5)),
+                                                             [words for _, words in shown]), None)
+            print(sheet)
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

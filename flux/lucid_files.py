@@ -43,10 +43,11 @@ class Place:
     part: str
     path: Path | None
     looked: str = ""
+    published: str = ""  # where to get it
 
     def require(self) -> Path:
         if self.path is None:
-            raise UserError(f"{WHAT[self.part]} is missing ({self.looked}), expected {PUBLISHED[self.part]}; put it there "
+            raise UserError(f"{WHAT[self.part]} is missing ({self.looked}), expected {self.published}; put it there "
                             f"or name it with --{self.part}")
         return self.path
 
@@ -61,7 +62,9 @@ def find(preset: Preset, folder: Path | None, named: Mapping[str, Path | None]) 
             raise UserError(f"--{part} {shown(path)} is not there, expected {WHAT[part]}; check it")
         inside = (folder / inner / name for inner in FOLDERS for name in names) if folder and path is None else ()
         looked = f"not in {shown(str(folder))}" if folder else "no --weights DIR"
-        places[part] = Place(part, path or next((at for at in inside if at.exists()), None), looked)
+        stage = {"lucidflux": "branches", "swinir": "swinir"}.get(part)
+        published = f"what python train.py lucidflux {stage} makes" if preset.name == "demo" and stage else PUBLISHED[part]
+        places[part] = Place(part, path or next((at for at in inside if at.exists()), None), looked, published)
     return places
 
 
@@ -129,7 +132,7 @@ def load_prompt(place: Place, found: Mapping[str, weights.Found], preset: Preset
     beside the checkpoint, so that they are needed once."""
     if place.path is None:
         weights.require(found, "clip", "t5", "tokenizer", "tokenizer_2")
-        txt, vec = TextEncoders(found, preset, dtype, device)([config.prompt])
+        txt, vec = (x.clone() for x in TextEncoders(found, preset, dtype, device)([config.prompt]))  # one may learn beside
         path = beside.with_name("prompt_embeddings.safetensors")
         checkpoint.save(path, {"txt": txt.cpu(), "vec": vec.cpu()}, {"prompt": config.prompt})
         print(f"the prompt's embedding was made and written to {path}", flush=True)

@@ -279,7 +279,7 @@ class BranchesTask:
             pre = self.swinir.restore(lq)
             row = (latents.pack(self.autoencoder.encode(clean)), lq, pre, restore.seen(self.siglip, self.config, pre))
             if self.settings.pairs:
-                self.kept[key] = tuple(x.half() for x in row)
+                row = self.kept[key] = tuple(x.half() for x in row)
             rows.append(row)
         return tuple(torch.cat(part).float() for part in zip(*rows, strict=True))
 

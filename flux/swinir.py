@@ -21,10 +21,10 @@ MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K's pictures, RGB in [0, 1]
 @cache
 def offsets(window: int) -> Tensor:
     """(W*W, W*W) row of the bias table for each pair of cells: (dy + W - 1) * (2W - 1) + dx + W - 1."""
-    y, x = torch.meshgrid(torch.arange(window), torch.arange(window), indexing="ij")
-    y, x = y.flatten(), x.flatten()
-    dy, dx = y[:, None] - y[None], x[:, None] - x[None]
-    return (dy + window - 1) * (2 * window - 1) + dx + window - 1
+    with torch.inference_mode(False):  # kept for whoever comes next, who may want to learn
+        y, x = torch.cartesian_prod(torch.arange(window), torch.arange(window)).T
+        dy, dx = y[:, None] - y[None], x[:, None] - x[None]
+        return (dy + window - 1) * (2 * window - 1) + dx + window - 1
 
 
 def shift_mask(h: int, w: int, window: int, device: torch.device | str = "cpu") -> Tensor:

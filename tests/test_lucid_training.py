@@ -40,7 +40,7 @@ def test_all_five_groups_learn_and_nothing_else(files):
     before = [p.clone() for p in made.flux.parameters()]
     batch, losses = made.batch(0, 0), []
     optimiser = torch.optim.AdamW(model.parameters(), lr=3e-3, betas=(0.9, 0.99))
-    for _ in range(8):
+    for _ in range(6):
         loss = made.loss(batch).mean()
         losses.append(loss.item())
         optimiser.zero_grad()
@@ -81,7 +81,7 @@ def test_dropped_tokens_leave_the_connector_alone(files):
     made = task(files, drop=1.0)
     made.model.modulation_lq.linear.weight.data.normal_(0, 0.1)
     made.loss(made.batch(0, 0)).mean().backward()
-    assert made.model.connector.redux_up.weight.grad is None
+    assert not made.model.connector.redux_up.weight.grad.any()
     assert made.model.condition_lq.controlnet_blocks[0].weight.grad.abs().max() > 0
 
 
