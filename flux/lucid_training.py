@@ -114,11 +114,8 @@ class Pairs:
         if not self.items and settings.model != "demo":
             raise UserError(f"--data is missing, expected a folder of pictures for {settings.model}; add --data FOLDER")
 
-    def batch(self, step: int, micro: int) -> list[tuple[Tensor, Tensor]]:
-        """[(clean, low quality)], each (3, H, W) in [0, 1]."""
-        return [self.pair(key) for key in self.keys(step, micro)]
-
     def keys(self, step: int, micro: int) -> list[tuple]:
+        """Of a batch: from a key a pair can be made again."""
         seed, count = self.settings.seed, self.settings.batch
         if self.items:
             return [(str(self.items[i].path), step, micro, i) for i in self.drawn(step, micro)]
@@ -140,6 +137,7 @@ class Pairs:
                 for n in range(first, first + settings.batch)]
 
     def pair(self, key: tuple, held_out: bool = False) -> tuple[Tensor, Tensor]:
+        """(clean, low quality), each (3, H, W) in [0, 1]."""
         if key not in self.kept:
             rng = draws.rng("held out" if held_out else "train", *(str(part).replace("/", "|") for part in key))
             clean = self.crop(self.items[key[-1] % len(self.items)], rng) if self.items else degradation.to_unit(
@@ -194,7 +192,10 @@ class SwinirTask:
         return self.model
 
     def batch(self, step: int, micro: int):
-        return stacked(self.pairs.batch(step, micro))
+        return stacked(self.pairs.pair(key) for key in self.pairs.keys(step, micro))
+
+    def names(self, step: int, micro: int) -> list[str]:
+        return [str(key) for key in self.pairs.keys(step, micro)]
 
     def held_out(self) -> list:
         return [] if self.pairs.items else [stacked(self.pairs.pair(key, True) for key in self.pairs.fixed(16))]
@@ -254,6 +255,9 @@ class BranchesTask:
         keys, tokens = self.pairs.keys(step, micro), (self.size // 16) ** 2
         t = flow.draw_t(len(keys), generator, lucidflux.logit_mean(tokens, self.settings.times))
         return self.noised(self.looked_at(keys), t, rng.random() < self.settings.drop, generator)
+
+    def names(self, step: int, micro: int) -> list[str]:
+        return [str(key) for key in self.pairs.keys(step, micro)]
 
     def held_out(self) -> list:
         """Four pictures of the demo's held-out scenes at four times each."""

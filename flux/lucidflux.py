@@ -91,13 +91,10 @@ def begun(model: Flux, config: LucidConfig) -> LucidFlux:
     """
     made = LucidFlux(model.config, config).to(model.img_in.weight)
     for name in ("condition_lq", "condition_ldr"):
-        branch = getattr(made, name)
-        hints = [branch.input_hint_block.state_dict(), branch.pos_embed_input.state_dict()]
-        begun = begun_from(model, branch.config, pixels=True)
-        begun.input_hint_block.load_state_dict(hints[0])
-        begun.pos_embed_input.load_state_dict(hints[1])
-        nn.init.normal_(begun.input_hint_block[-1].weight, std=begun.input_hint_block[-1].weight[0].numel() ** -0.5)
-        setattr(made, name, begun)
+        branch = begun_from(model, made.condition_lq.config, pixels=True)
+        last = branch.input_hint_block[-1].weight  # which a ControlNet begins with as zeros; one zero on the way is enough
+        nn.init.normal_(last, std=last[0].numel() ** -0.5)
+        setattr(made, name, branch)
     zeroed(made.modulation_lq.linear)
     zeroed(made.modulation_ldr.linear)
     return made

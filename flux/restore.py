@@ -117,7 +117,8 @@ def restore(networks: Networks, lq: Tensor, how: How, pre: Tensor | None = None,
     givens = [lucidflux.given(networks.lucid, prompt, *(tile.cut(x).to(weight) for x in (lq, pre)), patches.to(weight),
                               how.strengths) for tile in pixels]
     bare = [replace(given, tokens=given.tokens[:, :0]) for given in givens]
-    times = fidelity.times(lucidflux.schedule(how.steps, *reversed(size), how.schedule), how.fidelity)
+    schedule = lucidflux.schedule(how.steps, pixels[0].width, pixels[0].height, how.schedule)  # of what the networks see
+    times = fidelity.times(schedule, how.fidelity)
     table = lucidflux.tables(networks.lucid, times)
     if not how.modulated:
         table = lucidflux.flattened(table)

@@ -180,7 +180,7 @@ def test_guidance_of_one_is_none():
     assert torch.equal(fidelity.guided(full, v(1.0), 3)(img, t), torch.full_like(img, 4.0))
 
 
-def test_conditioning_costs_a_sixth_of_a_step_at_full_size():
+def test_conditioning_costs_little_at_full_size():
     """By counted operations, at the spec's sizes: 1024 x 1024 pixels, 512 + 1024 tokens of text."""
     with torch.device("meta"):
         model, lucid = Flux(DEV.flux).requires_grad_(False), LucidFlux(DEV.flux, LUCID["dev"]).requires_grad_(False)
@@ -192,7 +192,7 @@ def test_conditioning_costs_a_sixth_of_a_step_at_full_size():
             conditioning.velocity(model, conditioning.with_image_tokens(prompt, tokens))(img, t)
         with FlopCounterMode(display=False) as whole:
             lucidflux.velocity(model, lucid, given)(img, t)
-    assert 1 < whole.get_total_flops() / plain.get_total_flops() < 1.17
+    assert 1.05 < whole.get_total_flops() / plain.get_total_flops() < 1.07
 
 
 # The command.

@@ -67,26 +67,27 @@ class Restore(Sampling):
         jobs = self.jobs()
         found, places = restore.find(model, self.weights, {name: getattr(self, name) for name in (
             "flux", "ae", "clip", "t5", "lucidflux", "swinir", "siglip", "prompt")})
-        given, broken, named = [], [], {path: (reference,) if reference else () for path, reference in jobs}
-        for path, reference in jobs:
+        sound, broken = [], []
+        for path, reference in jobs:  # all of them before any weights; none is kept in memory
             try:
-                pil = self.enlarged(path)
-                given.append((path, pil, reference and self.comparable(reference, pil)))
+                self.opened(path, reference)
+                sound.append((path, reference))
             except pictures.PictureError as error:
                 broken.append(str(error))
-        if not given:
+        if not sound:
             raise UserError(broken[0])
         place, dtype = device.choose(self.device, self.dtype)
         networks = restore.load(model, found, places, dtype, place)
         paths = {part: found[part].path for part in ("flux", "ae")} | {
             part: places[part].path for part in ("lucidflux", "swinir", "siglip")}
         files = {part: f"{path.name} {checkpoint.fingerprint(path)}" for part, path in paths.items() if path.is_file()}
-        with tqdm(total=len(given) * how.steps, desc="restoring", unit="step", disable=None) as bar:
-            for path, pil, reference in given:
+        with tqdm(total=len(sound) * how.steps, desc="restoring", unit="step", disable=None) as bar:
+            for path, against in sound:
+                pil, reference = self.opened(path, against)
                 lq = pictures.to_tensor(pil)
                 after, proxy = (pictures.to_pil(x)[0] for x in restore.restore(networks, lq, how, step=bar.update))
                 figures = measured(reference, {"input": pil, "proxy": proxy, "restored": after})
-                alone = replace(self, picture=(path,), reference=named[path])
+                alone = replace(self, picture=(path,), reference=(against,) if against else ())
                 yield after, {"prompt": path.name, "seed": self.seed, "steps": how.steps, "guidance": how.guidance,
                               "model": self.model, "config": alone, "files": files,
                               **({"figures": figures} if figures else {}),
@@ -106,34 +107,33 @@ class Restore(Sampling):
 
     def jobs(self) -> list[tuple[Path, Path | None]]:
         """Every picture with its reference, folders opened."""
-        paths = opened(self.picture)
+        paths = in_folders(self.picture)
         if not paths:
             raise UserError("lucidflux came without a picture, expected one or a folder of them; "
                             "python sample.py lucidflux photo.jpg")
-        references = opened(self.reference)
+        references = in_folders(self.reference)
         if references and len(references) != len(paths):
             raise UserError(f"--reference names {len(references)} pictures for {len(paths)}, expected one for each; name "
                             "them in the same order, or folders of the same names")
         return list(zip(paths, references or [None] * len(paths), strict=True))
 
-    def enlarged(self, path: Path) -> Image.Image:
+    def opened(self, path: Path, reference: Path | None) -> tuple[Image.Image, Image.Image | None]:
+        """A picture at the size that is made of it, and the one to compare with."""
         pil = pictures.read(path)
         size = [max(1, round(self.scale * edge)) for edge in pil.size]
         pixels = [-(-edge // restore.CELLS) * restore.CELLS for edge in size]
         if pixels[0] * pixels[1] > pictures.MAX_PIXELS:
             raise pictures.PictureError(f"{path}: {size[0]}x{size[1]} after --scale {self.scale:g}; expected at most "
                                         f"{pictures.MAX_PIXELS // 10**6} megapixels: take a smaller --scale")
-        return pil if tuple(size) == pil.size else pil.resize(size, Image.Resampling.BICUBIC)
-
-    def comparable(self, reference: Path, pil: Image.Image) -> Image.Image:
-        clean = pictures.read(reference)
-        if clean.size != pil.size:
+        pil = pil if tuple(size) == pil.size else pil.resize(size, Image.Resampling.BICUBIC)
+        clean = pictures.read(reference) if reference else None
+        if clean and clean.size != pil.size:
             raise pictures.PictureError(f"--reference {reference} is {clean.width}x{clean.height} pixels, expected "
                                         f"{pil.width}x{pil.height}, what is made; check --scale")
-        return clean
+        return pil, clean
 
 
-def opened(paths: tuple[Path, ...]) -> list[Path]:
+def in_folders(paths: tuple[Path, ...]) -> list[Path]:
     return [inner for path in paths for inner in ([item.path for item in data.folder(path)] if path.is_dir() else [path])]
 
 
