@@ -227,7 +227,7 @@ class BranchesTask:
         places = lucid_files.find(self.preset, settings.weights, named)
         weights.require(found, "flux", "ae")
         self.pairs = Pairs(settings, self.preset.width)
-        frozen = torch.float32 if self.place.type == "cpu" else torch.bfloat16
+        frozen = torch.bfloat16 if settings.dtype == "bf16" and self.place.type != "cpu" else torch.float32
         self.flux = weights.load_flux(found, self.preset.flux, frozen, self.place)
         self.autoencoder = weights.load_autoencoder(found, self.preset.autoencoder, torch.float32, self.place)
         self.swinir = lucid_files.load_swinir(places["swinir"].require(), self.config, self.place)
