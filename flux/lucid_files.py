@@ -109,11 +109,8 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
 def load_swinir(path: Path, config: LucidConfig, place: torch.device | str = "cpu") -> Swinir:
     """In float32, as released. Buffers are computed, and the networks of its loss, which some files hold, left out."""
     state = pth.read(path)
-    with torch.device("meta"):
-        own = Swinir(config.swinir)
-    first = {name.partition(".")[0] for name in own.state_dict()}
     bare = {re.sub(r"^(state_dict\.)?(module\.)?", "", name): tensor for name, tensor in state.items()}
-    kept = {name: tensor for name, tensor in bare.items() if name.partition(".")[0] in first
+    kept = {name: tensor for name, tensor in bare.items() if re.match(r"(conv_\w+|patch_embed|layers|norm)\.", name)
             and name.rpartition(".")[2] not in ("attn_mask", "relative_position_index")}
     if not any(".residual_group.blocks." in name for name in kept):
         raise refuse(path, f"is {naming.describe(state)}", WHAT["swinir"], "name another file")
