@@ -91,17 +91,20 @@ def save(name: str, instance, files: dict) -> None:
 
     `metadata["seed"]` goes into the file's name and `metadata["prompt"]`, if there, under the picture in the sheet.
     `metadata["config"]`, if there, is the instance that makes this one picture alone; it stands in for `instance` in
-    what `--from` reads. One warning where `metadata["files"]` are not those that were remembered as `files`.
+    what `--from` reads. `metadata["sheet"]`, if there, is a picture of how it came about, which is written beside it.
+    One warning where `metadata["files"]` are not those that were remembered as `files`.
     """
     from flux import pictures
 
     pils, prompts, first = [], [], None
     for pil, metadata in instance.images():
-        config = cli.as_dict(metadata.get("config", instance))
+        config, sheet = cli.as_dict(metadata.get("config", instance)), metadata.pop("sheet", None)
         config.pop("out")  # where a picture lies is no part of how it is made, and may name its owner
         path = pictures.next_path(instance.out, metadata["seed"])
         pictures.write_png(path, pil, {**metadata, "recipe": name, "config": config} if instance.metadata else None)
         print(path, flush=True)
+        if sheet:
+            pictures.write_png(path.with_name(f"{path.stem}_steps.png"), sheet, None)
         if first is None:
             first = path
             changed = [part for part, mark in metadata.get("files", {}).items() if files.get(part, mark) != mark]

@@ -129,6 +129,41 @@ class SiglipConfig:
 
 
 @dataclass(frozen=True)
+class SwinirConfig:
+    """SwinIR as DiffBIR trained it, which LucidFlux reads (general_swinir_v1)."""
+
+    embed_dim: int = 180
+    depths: tuple[int, ...] = (6,) * 8
+    num_heads: tuple[int, ...] = (6,) * 8
+    window_size: int = 8  # cells
+    mlp_ratio: float = 2.0
+    unshuffle_scale: int = 8  # pixels per cell, along one edge
+    num_feat: int = 64  # channels on the way back to pixels
+
+    def __post_init__(self):
+        for name in ("depths", "num_heads"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+
+    @property
+    def step(self) -> int:
+        """Pixels of which the edges of a picture must be multiples."""
+        return self.unshuffle_scale * self.window_size
+
+
+@dataclass(frozen=True)
+class LucidConfig:
+    """What LucidFlux (arXiv 2509.22414) adds to a transformer of the family, and how its authors sample."""
+
+    depth: int = 2  # double blocks of a branch
+    eps: float = 1e-6  # of the modulation's layer norm; near 1, an untrained branch changes nothing
+    siglip: SiglipConfig = field(default_factory=lambda: SiglipConfig(image_size=512, patch_size=16))
+    swinir: SwinirConfig = field(default_factory=SwinirConfig)
+    prompt: str = "restore this image into high-quality, clean, high-resolution result"
+    steps: int = 20
+    guidance: float = 4.0
+
+
+@dataclass(frozen=True)
 class Preset:
     """One member of the family: its networks, and the settings its authors sample with."""
 
@@ -177,6 +212,11 @@ DEMO = Preset(
 )
 DEMO_FILL = replace(DEMO, name="demo-fill", flux=replace(DEMO.flux, in_channels=64 + 64 + 256), takes="mask",
                     adapter="fill.safetensors")
+LUCID = {  # what restores with which member of the family
+    "dev": LucidConfig(),
+    "demo": LucidConfig(depth=1, eps=1.0, siglip=DEMO.siglip, prompt="", guidance=1.0, swinir=SwinirConfig(
+        embed_dim=60, depths=(4, 4), num_heads=(3, 3), num_feat=24)),
+}
 PRESETS = {preset.name: preset for preset in (DEMO, DEV, KREA, SCHNELL, FILL, KONTEXT, CANNY, DEPTH, DEMO_FILL)}
 
 # Small enough for tests that build a model in milliseconds, with the proportions of the real one.

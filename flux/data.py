@@ -263,14 +263,12 @@ def batches(items: list[Item], batch: int, seed: int, start_step: int = 0) -> It
 def images(batch: list[Item], part: str = "path") -> "Tensor":
     """The pictures of one batch -> (B, 3, H, W) in [-1, 1]; with part="source" what they are learned from."""
     import torch
-
     return torch.cat([pictures.to_tensor(fit(pictures.read(getattr(item, part)), item.size)) for item in batch])
 
 
 def masks(batch: list[Item]) -> "Tensor":
     """-> (B, 1, H, W), 1 = repaint: where the mask is nearer to white than to black. Every item must have one."""
     import torch
-
     greys = [fit(pictures.read(item.mask).convert("L"), item.size, Image.Resampling.NEAREST) for item in batch]
     return torch.from_numpy(np.stack([np.asarray(grey) >= 128 for grey in greys])[:, None]).float()
 
@@ -284,17 +282,19 @@ def check(path: str | Path, edge: int) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m flux.data", description="Looks at a data set, as training would.")
+    if (argv := sys.argv[1:] if argv is None else argv)[:1] == ["curate"]:
+        from flux.curation import main as curate  # which reads folders by this file
+        return curate(argv[1:])
+    parser = argparse.ArgumentParser(prog="python -m flux.data", description="Looks at a data set; or `curate`.")
     parser.add_argument("command", choices=["check"])
     parser.add_argument("data", type=Path, help="a folder of pictures, a metadata.jsonl, or a .tar")
     parser.add_argument("--edge", type=int, default=1024, help="pixels; buckets have about edge * edge of them (1024)")
     options = parser.parse_args(argv)
     try:
-        check(options.data, options.edge)
+        return check(options.data, options.edge) or 0
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
-    return 0
 
 
 if __name__ == "__main__":
