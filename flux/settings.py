@@ -180,7 +180,8 @@ class FineTuning(Training):
     edge: int | None = None  # pixels: pictures go into buckets of about edge x edge; default: the model's own size
     guidance: float = 1.0  # distilled guidance the transformer is told; 1 is the plain conditional velocity
     drop: float = 0.1  # share of captions left empty
-    times: Literal["shift", "logit-normal", "uniform"] = "shift"  # at which noise levels; shift: as at sampling this size
+    times: Literal["shift", "sampled", "logit-normal", "uniform"] = (  # at which noise levels; shift: logit-normal, moved as
+        "shift")  # sampling at this size is; sampled: as densely as its steps are, up to pure noise
     held_out: float = 0.05  # share of the pictures that training never sees, for the validation loss
     cache: bool = True  # make latents and text features once, into the folder cache/ of --out, which runs share
 
