@@ -1,4 +1,4 @@
-"""Training an editing LoRA on Fill, from pairs of pictures before and after; InFluxEdit's task, for flux/recipes/influxedit.py.
+"""Training an editing LoRA on Fill, from pairs of pictures before and after: the task of flux/recipes/influxedit.py.
 
 It is the LoRA training of flux/lora_training.py with Fill's channels beside the noise: a `Layout` (flux/edits.py) says what
 of the source they show. The first layer, which alone sees those channels, may be trained whole beside the LoRA.
@@ -14,12 +14,11 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from flux import conditioning, data, draws, edits, fill, flow, latents, pairs, pictures
+from flux import conditioning, data, edits, fill, latents, pairs, pictures
 from flux.cache import content
 from flux.config import PRESETS
 from flux.edits import Layout
 from flux.errors import UserError
-from flux.inputs import Encoded
 from flux.lora_training import LoraTask, TrainLora
 from lora import inject
 from lora.adapter import Adapter, Bias, Dense
@@ -54,13 +53,13 @@ class TrainEdit(TrainLora):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: expected a number from 0, such as 0.1")
         if self.embedder_lr is not None and not (self.train_embedder and self.embedder_lr > 0):
-            raise UserError(f"--embedder-lr {self.embedder_lr} came {'' if self.train_embedder else 'without --train-embedder'}, "
-                            "expected a learning rate above 0 and --train-embedder; change it")
+            raise UserError(f"--embedder-lr {self.embedder_lr}: expected a learning rate above 0, and --train-embedder; "
+                            "add that, or leave this out")
         if self.quirks != "none" and (self.train_embedder or self.mode != "channels"):
             raise UserError("--quirks released came with --train-embedder or --mode side-by-side, expected neither: the "
                             "released code trains no embedder, and errs in its other mode alone; leave one out")
         if self.sides == "both" and self.mode != "side-by-side":
-            raise UserError("--sides both came with --mode channels, which has no sides; expected --mode side-by-side; add it")
+            raise UserError("--sides both came with --mode channels, which has none, expected side-by-side; change one")
 
     @property
     def layout(self) -> Layout:
@@ -85,7 +84,7 @@ class EditTask(LoraTask):
     def check_model(self) -> None:
         if self.preset.takes != "mask":
             able = ", ".join(name for name, preset in PRESETS.items() if preset.takes == "mask")
-            raise UserError(f"--model {self.settings.model} does not take a picture and a mask, expected one of {able}; take "
+            raise UserError(f"--model {self.settings.model} takes no picture with a mask, expected one of {able}; take "
                             f"--model {'demo-fill' if self.settings.model == 'demo' else 'fill'}")
 
     def load(self, path: Path) -> list[data.Item]:
@@ -145,31 +144,18 @@ class EditTask(LoraTask):
 
     # --- what is seen and saved ---
 
-    @torch.no_grad()
-    def edited(self, items: list[data.Item], seed: int = 0, hold: bool = True) -> Tensor:
-        """Pairs of one bucket -> edits (B, 3, H, W) in [-1, 1] of their sources, by the model's own steps."""
-        kept = [self.cache.get(*self.entries(item)[0]) for item in items]
-        shown, mask = (torch.cat([row[name] for row in kept]).to(self.place) for name in ("shown", "mask"))
-        mask = mask.float() / 255
-        cond = self.condition([item.caption for item in items], shown, mask, self.preset.guidance)
-        known = true = None
-        if hold:
-            source = data.images(items, "source").to(self.place)
-            true = latents.pack(self.autoencoder.encode(self.layout.canvas(source, source)))
-            known = edits.known(mask)
-        height, width = mask.shape[2:]
-        noise = [latents.noise(1, height, width, draws.generator("edit", seed, i)) for i in range(len(items))]
-        img = latents.pack(torch.cat(noise)).to(self.place)
-        velocity = Encoded(None, None, (), None, known, true).held(conditioning.velocity(self.model, cond))
-        img = flow.euler(velocity, img, flow.schedule(self.preset.steps, img.shape[1], self.preset.shift))
-        return self.layout.cut(self.autoencoder.decode(latents.unpack(img, height, width)))
-
     def preview(self) -> Image.Image:
         """Source, target and what is drawn, of the first four pairs that training does not see, or of all."""
         items = (self.unseen or self.items)[:4]
-        rows = [(data.images([item], "source"), data.images([item]), self.edited([item], i)) for i, item in enumerate(items)]
+        rows = []
+        for i, item in enumerate(items):
+            source, mask = (x.to(self.place) for x in (data.images([item], "source"), read_mask(item)))
+            drawn = edits.draw(self.model, self.autoencoder, self.preset, self.layout, source, mask,
+                               self.features([item.caption]), [i])
+            rows.append((source, data.images([item]), drawn))
         pils = [pil for row in rows for picture in row for pil in pictures.to_pil(picture)]
-        return pictures.contact_sheet(pils, 3, [word for item in items for word in ("before", "target", f"drawn: {item.caption}")])
+        words = [word for item in items for word in ("before", "target", f"drawn: {item.caption}")]
+        return pictures.contact_sheet(pils, 3, words)
 
     def adapter(self) -> Adapter:
         layers = dict(super().adapter().layers)

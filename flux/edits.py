@@ -7,7 +7,7 @@ the edit is drawn beside it, as in-context methods do (ACE++, and InFluxEdit's o
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 
 import numpy as np
@@ -16,9 +16,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageChops, ImageFilter
 from torch import Tensor
 
-from flux import fill, latents
+from flux import conditioning, fill, flow, latents
 from flux.autoencoder import AutoEncoder
+from flux.config import Preset
 from flux.errors import UserError
+from flux.model import Flux
 
 MASK_VALUE = 1.0  # of the mask channels where it changes, in training and sampling alike
 MODES = ("channels", "side-by-side")
@@ -36,15 +38,15 @@ class Layout:
     def __post_init__(self):
         numbers = all(isinstance(x, int | float) and 0 <= x <= 1 for x in (self.repaint, self.mask_value))
         if self.mode not in MODES or not numbers:
-            raise UserError(f"layout {self.mode!r} with repaint scale {self.repaint} and mask value {self.mask_value}: expected "
-                            f"{' or '.join(MODES)} and numbers from 0 to 1; change them")
+            raise UserError(f"layout {self.mode!r} with repaint scale {self.repaint} and mask value {self.mask_value}: "
+                            f"expected {' or '.join(MODES)} and numbers from 0 to 1; change them")
 
     @property
     def beside(self) -> bool:
         return self.mode == "side-by-side"
 
     def canvas(self, source: Tensor, other: Tensor, left: bool = False) -> Tensor:
-        """(B, C, H, W) each -> what is drawn: `other`, or both side by side (B, C, H, 2W), `other` on the right or `left`."""
+        """(B, C, H, W) each -> what is drawn: `other`, or both side by side (B, C, H, 2W), it on the right or `left`."""
         if not self.beside:
             return other
         return torch.cat((other, source) if left else (source, other), dim=-1)
@@ -62,6 +64,9 @@ class Layout:
     def cut(self, drawn: Tensor) -> Tensor:
         """The edit (..., H, W) of a drawn canvas."""
         return drawn[..., drawn.shape[-1] // 2:] if self.beside else drawn
+
+    def __str__(self):
+        return f"{self.mode}, repaint scale {self.repaint:g}, mask value {self.mask_value:g}"
 
 
 FILL = Layout()
@@ -82,11 +87,33 @@ def known(mask: Tensor) -> Tensor:
     return latents.pack((F.max_pool2d(mask, 8) == 0).expand(-1, 16, -1, -1))
 
 
-def encode(source: Tensor, mask: Tensor, layout: Layout, autoencoder: AutoEncoder) -> Tensor:
-    """source (B, 3, H, W), mask (B, 1, H, W) -> Fill's channels (B, L_img, 320) for the canvas."""
+def encode(source: Tensor, mask: Tensor, layout: Layout, autoencoder: AutoEncoder, hold: bool
+           ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """source (B, 3, H, W), mask (B, 1, H, W) -> of the canvas Fill's channels (B, L_img, 320); and to `hold` what is known,
+    which latents (B, L_img, 64) that are, and their values."""
     weight = next(autoencoder.parameters())
-    shown, mask = layout.shown(source.to(weight), mask.to(weight))
-    return layout.channels(autoencoder.encode(shown), mask)
+    source = source.to(weight)
+    shown, mask = layout.shown(source, mask.to(weight))
+    channels = layout.channels(autoencoder.encode(shown), mask)
+    if not hold:
+        return channels, None, None
+    return channels, known(mask), latents.pack(autoencoder.encode(layout.canvas(source, source)))
+
+
+@torch.no_grad()
+def draw(model: Flux, autoencoder: AutoEncoder, preset: Preset, layout: Layout, source: Tensor, mask: Tensor,
+         features: tuple[Tensor, Tensor], seeds: Sequence[int], hold: bool = True) -> Tensor:
+    """source (B, 3, H, W), mask (B, 1, H, W), features of B prompts, seeds of noise -> edits (B, 3, H, W) in [-1, 1]: what
+    sample.py draws, many at a time."""
+    channels, known, true = encode(source, mask, layout, autoencoder, hold)
+    height, width = source.shape[2], source.shape[3] * (1 + layout.beside)
+    noise = [latents.noise(1, height, width, torch.Generator().manual_seed(seed)) for seed in seeds]
+    img = latents.pack(torch.cat(noise)).to(channels)
+    cond = conditioning.condition(*features, width, height, preset.guidance)
+    velocity = conditioning.velocity(model, conditioning.with_channels(cond, channels))
+    img = flow.euler(fill.held(velocity, known, true) if hold else velocity, img,
+                     flow.schedule(preset.steps, img.shape[1], preset.shift))
+    return layout.cut(autoencoder.decode(latents.unpack(img, height, width)))
 
 
 def changed(before: Image.Image, after: Image.Image, least: int = 24) -> Image.Image:

@@ -49,8 +49,8 @@ class Captioned:
 
     def check_model(self) -> None:
         if self.preset.flux.in_channels != self.preset.flux.out_channels:
-            raise UserError(f"--model {self.settings.model} draws from a prompt and a {self.preset.takes} picture, expected a "
-                            "model that needs captions alone; take --model dev or demo")
+            raise UserError(f"--model {self.settings.model} draws from a prompt and a {self.preset.takes} picture, expected "
+                            "a model that needs captions alone; take --model dev or demo")
 
     def load(self, path: Path) -> list[data.Item]:
         return data.load(path, self.settings.edge or self.preset.width)

@@ -1,4 +1,4 @@
-"""Pairs of pictures, before and after an edit, on disk: how they are found, and `python -m flux.data pairs`, which makes them.
+"""Pairs of pictures, before and after an edit, on disk: how they are found; `python -m flux.data pairs` makes them.
 
 A data set of pairs is a metadata.jsonl or a .tar (flux/data.py), or a folder with source/ and target/, perhaps mask/: files
 of one stem belong together, whatever their endings. The caption is the .txt of that stem beside the target, or in caption/.
@@ -8,8 +8,8 @@ Nothing stands in for a picture that is missing.
 import argparse
 import json
 import os
+import re
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 from PIL import Image
@@ -30,12 +30,12 @@ def find(path: str | Path) -> list[Item]:
     items = folder(path) if is_folder else data.find(path)
     alone = [item for item in items if item.source is None]
     if alone:
-        raise UserError(f"{alone[0].path} has no source ({len(alone)} of {len(items)} have none), expected pairs: `source` in "
-                        "metadata.jsonl, or the folders source and target; add it")
+        raise UserError(f"{alone[0].path} has no source ({len(alone)} of {len(items)} have none), expected pairs: `source` "
+                        "in metadata.jsonl, or the folders source and target; add it")
     bare = [item for item in items if item.mask is None]
     if bare and len(bare) < len(items):
-        raise UserError(f"{bare[0].path} has no mask and others have ({len(bare)} of {len(items)} have none), expected one for "
-                        "each or none at all; add it, white where it changes")
+        raise UserError(f"{bare[0].path} has no mask and others have ({len(bare)} of {len(items)} have none), expected one "
+                        "for each or none at all; add it, white where it changes")
     return items
 
 
@@ -45,8 +45,8 @@ def folder(root: Path) -> list[Item]:
                                                                     if "mask" in found else [])):
         lost = sorted(found.get(one, {}).keys() - found.get(other, {}).keys())
         if lost:
-            raise UserError(f"{found[one][lost[0]]} has no {other} ({len(lost)} have none), expected {lost[0]}.png or the like "
-                            f"in {root / other}; add it or take the {one} away")
+            raise UserError(f"{found[one][lost[0]]} has no {other} ({len(lost)} have none), expected {lost[0]}.png or the "
+                            f"like in {root / other}; add it or take the {one} away")
     captions = root / "caption" if (root / "caption").is_dir() else root / "target"
     return [Item(target, data.caption(data.inside(captions, f"{stem}.txt")), found["source"][stem],
                  found.get("mask", {}).get(stem)) for stem, target in sorted(found["target"].items())]
@@ -77,9 +77,10 @@ def join(sources: Path, targets: Path, out: Path, size: tuple[int, int]) -> int:
     count, width, height = 0, size[0] // 2, size[1]
     for stem, source, target in tqdm(list(matched(sources, targets)), desc=str(out), disable=None):
         halves = [pictures.read(path) for path in (source, target)]
-        if halves[0].size != halves[1].size or abs(halves[0].width * height - halves[0].height * width) > max(halves[0].size):
-            raise UserError(f"{source} is {_edges(halves[0])} and {target} {_edges(halves[1])} pixels, expected two of the shape "
-                            f"of {width}x{height}; crop them, or change --size")
+        own = halves[0].size
+        if own != halves[1].size or abs(own[0] * height - own[1] * width) > max(own):
+            raise UserError(f"{source} is {_edges(halves[0])} and {target} {_edges(halves[1])} pixels, expected two of the "
+                            f"shape of {width}x{height}; crop them, or change --size")
         sheet = Image.new("RGB", size)
         for half, left in zip(halves, (0, width), strict=True):
             sheet.paste(half.resize((width, height), Image.Resampling.LANCZOS), (left, 0))
@@ -194,7 +195,7 @@ def main(argv: list[str]) -> None:
     options.out.mkdir(parents=True, exist_ok=True)
     if options.command == "join":
         words = options.size.split("x")
-        if len(words) != 2 or not all(word.isdecimal() and word.isascii() and int(word) for word in words) or int(words[0]) % 2:
+        if len(words) != 2 or not all(re.fullmatch("[1-9][0-9]{0,4}", word) for word in words) or int(words[0]) % 2:
             raise UserError(f"--size {options.size}: expected WIDTHxHEIGHT in pixels with an even width, such as 1024x512")
         count = join(options.sources, options.targets, options.out, (int(words[0]), int(words[1])))
     else:
