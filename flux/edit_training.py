@@ -137,10 +137,10 @@ class EditTask(LoraTask):
         return conditioning.with_channels(cond, self.layout.channels(shown, mask).to(txt))
 
     def weights(self, mask: Tensor, differs: Tensor) -> Tensor:
-        """mask (B, 1, 8h, 8w), differs (B, L_img, 1) -> what the loss of each token counts, 1 on average."""
-        known = edits.known(mask)[..., :1].float()  # a token's four cells are about alike: its first stands for them
-        weight = 1 + (self.settings.known_weight - 1) * known + (self.settings.changed_weight - 1) * differs * (1 - known)
-        return weight / weight.mean(1, keepdim=True).clamp(min=1e-6)
+        """mask (B, 1, 8h, 8w), differs (B, L_img, 1) -> (B, L_img, 64), how much each number counts in the loss."""
+        counts = torch.where(edits.known(mask), self.settings.known_weight, 1 + (self.settings.changed_weight - 1) * differs)
+        return counts.clamp(min=1e-6)  # if all were known and known counted nothing
+
 
     # --- what is seen and saved ---
 

@@ -111,10 +111,13 @@ def prompts(file: Path, out: Path) -> int:
     a .txt for each in the folder `out`."""
     try:
         text = file.read_text(encoding="utf-8-sig")
-        one = text.lstrip().startswith("{") and "\n{" not in text.strip()
-        said = json.loads(text) if one else [json.loads(line) for line in text.splitlines() if line.strip()]
-        if isinstance(said, list):
-            said = {record.get("target") or record["file"]: record["prompt"] for record in said}
+        try:
+            said = json.loads(text)
+        except ValueError:
+            said = [json.loads(line) for line in text.splitlines() if line.strip()]
+        if isinstance(said, list) or "prompt" in said:
+            records = said if isinstance(said, list) else [said]
+            said = {record.get("target") or record["file"]: record["prompt"] for record in records}
         if not all(isinstance(prompt, str) for prompt in said.values()):
             raise ValueError("a prompt is no string")
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:

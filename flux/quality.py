@@ -51,7 +51,7 @@ class Lpips(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.convolutions = nn.ModuleList(nn.Conv2d(rows, columns, edge, stride=4 if edge == 11 else 1,
+        self.convolutions = nn.ModuleList(nn.Conv2d(columns, rows, edge, stride=4 if edge == 11 else 1,
                                                     padding=2 if edge > 3 else 1) for rows, columns, edge in self.SHAPES)
         self.linear = nn.ParameterList(torch.zeros(1, rows, 1, 1) for rows, _, _ in self.SHAPES)
         self.register_buffer("shift", torch.tensor((-0.030, -0.088, -0.188)).view(1, 3, 1, 1))
