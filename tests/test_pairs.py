@@ -30,8 +30,8 @@ def folder(tmp_path):
 
 def test_files_of_one_stem_belong_together(folder):
     one, other = pairs.find(folder)
-    assert (one.path, one.source, one.caption, one.mask) == (folder / "target" / "a.png", folder / "source" / "a.png", "edit a",
-                                                             None)
+    assert (one.path, one.source) == (folder / "target" / "a.png", folder / "source" / "a.png")
+    assert one.caption == "edit a" and one.mask is None
     assert (other.path.name, other.source.name) == ("b.jpg", "b.png")
     for stem in "ab":
         picture(folder / "mask" / f"{stem}.png")
@@ -126,7 +126,7 @@ def test_prompts_from_json(tmp_path, text):
 
 def test_names_in_json_stay_inside(tmp_path):
     (tmp_path / "prompts.json").write_text('{"..": "one"}')
-    assert pairs.prompts(tmp_path / "prompts.json", tmp_path) == 1 and (tmp_path / "...txt").exists()  # a name like any other
+    assert pairs.prompts(tmp_path / "prompts.json", tmp_path) == 1 and (tmp_path / "...txt").exists()
 
 
 # --- the demo's edits ---

@@ -69,12 +69,14 @@ def test_lpips_is_its_formula(tmp_path):
     found = network(a, b)
 
     def features(x):
-        x = (2 * x - 1 - torch.tensor([-0.030, -0.088, -0.188]).view(3, 1, 1)) / torch.tensor([0.458, 0.448, 0.450]).view(3, 1, 1)
+        shift, scale = torch.tensor([[-0.030, -0.088, -0.188], [0.458, 0.448, 0.450]]).view(2, 3, 1, 1)
+        x = (2 * x - 1 - shift) / scale
         layers = [(0, 4, 2, False), (3, 1, 2, True), (6, 1, 1, True), (8, 1, 1, False), (10, 1, 1, False)]
         for number, stride, pad, pooled in layers:
             if pooled:
                 x = torch.nn.functional.max_pool2d(x, 3, 2)
-            x = torch.nn.functional.conv2d(x, alex[f"features.{number}.weight"], alex[f"features.{number}.bias"], stride, pad)
+            weight, bias = (alex[f"features.{number}.{part}"] for part in ("weight", "bias"))
+            x = torch.nn.functional.conv2d(x, weight, bias, stride, pad)
             x = x.clamp(min=0)
             yield x
 
