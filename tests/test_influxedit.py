@@ -26,8 +26,9 @@ CPU = ["--device", "cpu"]
 
 @pytest.fixture(scope="module")
 def circles(tmp_path_factory):
-    demo.write(tmp_path_factory.mktemp("data") / "circle", "circle", 3)
-    return next(tmp_path_factory.getbasetemp().glob("data*/circle"))
+    folder = tmp_path_factory.mktemp("data") / "circle"
+    demo.write(folder, "circle", 3)
+    return folder
 
 
 @pytest.fixture(scope="module")
