@@ -56,7 +56,7 @@ class TrainEdit(TrainLora):
             raise UserError(f"--embedder-lr {self.embedder_lr}: expected a learning rate above 0, and --train-embedder; "
                             "add that, or leave this out")
         if self.embedder_lr not in (None, self.lr) and self.optimiser.endswith(".Prodigy"):
-            raise UserError(f"--embedder-lr {self.embedder_lr} came with Prodigy, which has one rate for all; expected none: "
+            raise UserError(f"--embedder-lr {self.embedder_lr} came with Prodigy, of one rate for all; expected none; "
                             "leave it out")
         if self.quirks != "none" and (self.train_embedder or self.mode != "channels"):
             raise UserError("--quirks released came with --train-embedder or --mode side-by-side, expected neither: the "
