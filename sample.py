@@ -89,6 +89,8 @@ def remembered(picture: Path, found: dict[str, Path]) -> tuple[str, dict, dict]:
 def save(name: str, instance, files: dict) -> None:
     """Writes every (PIL image, metadata) of `instance.images()`, the configuration, and a contact sheet of several.
 
+    `metadata["before"]`, if there, is a picture that goes into the sheet alone, before the other.
+
     `metadata["seed"]` goes into the file's name and `metadata["prompt"]`, if there, under the picture in the sheet.
     `metadata["config"]`, if there, is the instance that makes this one picture alone; it stands in for `instance` in
     what `--from` reads. `metadata["sheet"]`, if there, is a picture of how it came about, which is written beside it.
@@ -96,9 +98,10 @@ def save(name: str, instance, files: dict) -> None:
     """
     from flux import pictures
 
-    pils, prompts, first = [], [], None
+    pils, prompts, first, paired = [], [], None, False
     for pil, metadata in instance.images():
-        config, sheet = cli.as_dict(metadata.get("config", instance)), metadata.pop("sheet", None)
+        config = cli.as_dict(metadata.get("config", instance))
+        sheet, before = metadata.pop("sheet", None), metadata.pop("before", None)
         config.pop("out")  # where a picture lies is no part of how it is made, and may name its owner
         path = pictures.next_path(instance.out, metadata["seed"])
         pictures.write_png(path, pil, {**metadata, "recipe": name, "config": config} if instance.metadata else None)
@@ -111,12 +114,13 @@ def save(name: str, instance, files: dict) -> None:
             if changed:
                 print(f"warning: {', '.join(changed)} changed since the picture was made", file=sys.stderr)
             cli.write_toml(path.with_suffix(".toml"), instance, f"python sample.py {name} --config {path.stem}.toml")
-        pils.append(pil)
-        prompts.append(metadata.get("prompt", ""))
+        pils += [pil] if before is None else [before, pil]
+        prompts += [metadata.get("prompt", "")] if before is None else ["before", metadata.get("prompt", "")]
+        paired = before is not None
     if len(pils) > 1:
         sheet = first.with_name(f"{first.stem}_sheet.png")
         captions = prompts if len(set(prompts)) > 1 else None  # one prompt needs no repeating
-        pictures.write_png(sheet, pictures.contact_sheet(pils, math.ceil(len(pils) ** 0.5), captions), None)
+        pictures.write_png(sheet, pictures.contact_sheet(pils, 2 * paired or math.ceil(len(pils) ** 0.5), captions), None)
         print(sheet)
 
 

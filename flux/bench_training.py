@@ -1,7 +1,7 @@
 """What a training costs beside its mathematics, measured on the demo: `python -m flux.bench_training`, from the repository.
 
-The loop's shares of a demo step, the seconds of a save, and what the cache saves in an epoch. Nothing is written but into a
-temporary folder.
+The loop's shares of a demo step, the seconds of a save, what the cache saves in an epoch, and what an editing LoRA's step
+costs beside a plain one's. Nothing is written but into a temporary folder.
 """
 
 import argparse
@@ -14,8 +14,11 @@ import numpy as np
 
 import train
 from flux import bench
+from flux.demo.edits import write as write_pairs
 from flux.demo.folder import write
 from flux.device import choose
+from flux.edit_training import TrainEdit
+from flux.lora_training import TrainLora
 from flux.recipes import demo, t2i
 
 
@@ -61,14 +64,45 @@ def epochs(count: int, folder: Path) -> str:
                      f"{s[False] / s[True]:.1f} |" for what, s in (("batches", seconds), ("batches and steps", whole)))
 
 
+def edits(rounds: int, folder: Path) -> str:
+    """Steps of an editing LoRA on Fill and of a plain LoRA with as many tokens, in turn, in seconds of the processor."""
+    write(folder / "plain", 16)
+    write_pairs(folder / "pairs", "recolour", 16)
+    shared = {"out": folder, "batch": 8, "rank": 16, "held_out": 0.0}
+    kinds = {"plain": TrainLora(data=folder / "plain", **shared), "editing": TrainEdit(data=folder / "pairs", **shared),
+             "both": TrainEdit(data=folder / "pairs", train_embedder=True, **shared)}
+    tasks = {kind: settings.task() for kind, settings in kinds.items()}
+    optimisers = {kind: train.optimisers.build(task.trainable(), task.settings) for kind, task in tasks.items()}
+    spent, data = {kind: [] for kind in kinds}, {kind: [] for kind in kinds}
+    for step in range(rounds + 1):
+        for kind, task in tasks.items():
+            started = time.process_time()
+            batch = task.batch(step, 0)
+            data[kind].append(time.process_time() - started)
+            task.loss(batch).mean().backward()
+            optimisers[kind].step()
+            optimisers[kind].zero_grad()
+            spent[kind].append(time.process_time() - started)
+    seconds, waits = ({kind: np.median(some[1:]) for kind, some in times.items()} for times in (spent, data))  # 1st: warm-up
+    return "\n".join((
+        f"| step of an editing LoRA / of a plain one, 8 pictures | {seconds['editing']:.2f} s / {seconds['plain']:.2f} s = "
+        f"{seconds['editing'] / seconds['plain']:.2f} |",
+        f"| the same with the first layer trained | {seconds['both'] / seconds['plain']:.2f} |",
+        f"| data of an editing LoRA | {waits['editing'] / seconds['editing']:.1%} of a step |"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m flux.bench_training", description="What a training costs beside its "
                                      "mathematics, on the demo.")
     parser.add_argument("--steps", type=int, default=100, help="steps of the flow stage (100)")
     parser.add_argument("--pictures", type=int, default=64, help="pictures of the data set, a multiple of 4 (64)")
+    parser.add_argument("--rounds", type=int, default=10, help="steps of a LoRA of each kind (10)")
+    parser.add_argument("--edits", action="store_true", help="LoRAs alone")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        rows = loop(options.steps, Path(folder)), epochs(options.pictures, Path(folder))
+        rows = [edits(options.rounds, Path(folder))]
+        if not options.edits:
+            rows = [loop(options.steps, Path(folder)), epochs(options.pictures, Path(folder)), *rows]
     print(f"\n| {bench.processor(choose('auto')[0])} | measured |\n|---|---|", *rows, sep="\n")
 
 

@@ -2,7 +2,7 @@
 
 As LucidFlux chose 342,000 of 2.9 million (lucidflux.md section 10.1): neither blurred nor all noise, not flat, and of the
 rest the best fifth by a judge of quality: CLIP-IQA, where --clip names its weights, else a stand-in that knows edges and
-noise (`quality.clarity`); the report says which.
+noise (`iqa.clarity`); the report says which.
 
     curation.jsonl  a line per picture with its figures, written as it goes: a second run measures what is new or changed
     kept.jsonl      what is kept, in the form that --data reads
@@ -27,10 +27,10 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from flux import checkpoint, data, pictures, quality
+from flux import checkpoint, data, iqa, pictures
 from flux.errors import UserError
 
-STAND_IN = "edges over noise in dB, a stand-in that knows nothing of what is shown (flux/quality.py)"
+STAND_IN = "edges over noise in dB, a stand-in that knows nothing of what is shown (flux/iqa.py)"
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,12 @@ class Rules:
 def measure(path: Path) -> dict:
     """The figures of one picture; for a broken one, what is wrong."""
     try:
-        grey = quality.gray(np.asarray(pictures.read(path)))
+        grey = iqa.gray(np.asarray(pictures.read(path)))
     except pictures.PictureError as error:
         return {"broken": str(error)}
-    flat, patches = quality.flatness(grey)
-    return {"size": list(grey.shape[::-1]), "blur": round(quality.blur(grey), 3), "flat": round(flat, 6), "patches": patches,
-            "score": round(quality.clarity(grey), 4)}
+    flat, patches = iqa.flatness(grey)
+    return {"size": list(grey.shape[::-1]), "blur": round(iqa.blur(grey), 3), "flat": round(flat, 6), "patches": patches,
+            "score": round(iqa.clarity(grey), 4)}
 
 
 def mark(path: Path) -> list[int]:

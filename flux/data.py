@@ -7,6 +7,7 @@ Read flux/pictures.py first. `python -m flux.data check DIR` reports on a data s
 
 import argparse
 import hashlib
+import importlib
 import json
 import math
 import os
@@ -34,6 +35,7 @@ STEP = 16  # pixels: 8 per latent cell, 2 cells per token
 LONGEST = 4  # to 1: the aspect of the narrowest buckets
 MAX_BROKEN = 0.05
 MAX_TEXT_BYTES = 1 << 20  # of a caption file
+OTHERS = {"pairs": "flux.pairs", "curate": "flux.curation"}  # commands that read folders by this file
 LONG_CAPTION = 2000  # characters; about the 512 T5 tokens after which text is cut off
 
 
@@ -53,14 +55,14 @@ def find(path: str | Path) -> list[Item]:
     path = Path(path)
     if not path.exists():
         raise UserError(f"no data at {path}; expected a folder of pictures, a metadata.jsonl or a .tar: check --data")
-    index = _inside(path, "metadata.jsonl") if path.is_dir() else path
+    index = inside(path, "metadata.jsonl") if path.is_dir() else path
     if index.suffix == ".tar":
         items = shard(index)
     elif index.is_file():
         items = jsonl(index)
     else:
         shards_here = sorted(name for name in os.listdir(path) if name.endswith(".tar") and name[0] != ".")
-        items = [*folder(path), *(item for name in shards_here for item in shard(_inside(path, name)))]
+        items = [*folder(path), *(item for name in shards_here for item in shard(inside(path, name)))]
     if not items:
         raise UserError(f"no pictures in {path}; expected {', '.join(sorted(SUFFIXES))}, not in folders below it: "
                         "check --data")
@@ -71,7 +73,7 @@ def folder(path: str | Path) -> list[Item]:
     """Every picture directly in the folder, by name, with the caption in the .txt file of the same name."""
     root = Path(path)
     names = sorted(name for name in os.listdir(root) if Path(name).suffix.lower() in SUFFIXES and name[0] != ".")
-    return [Item(_inside(root, name), _caption(_inside(root, Path(name).with_suffix(".txt").name))) for name in names]
+    return [Item(inside(root, name), caption(inside(root, Path(name).with_suffix(".txt").name))) for name in names]
 
 
 def shard(path: Path) -> list[Item]:
@@ -108,13 +110,13 @@ def _item(root: Path, record: object, where: str) -> Item:
     for key, text in texts.items():
         if not isinstance(text, str | None):
             raise UserError(f"{where}: `{key}` is a {type(text).__name__}; expected a string: put it in quotes")
-    names = {key: _inside(root, texts[key], where) for key in ("file", "target", "source", "mask") if texts[key]}
+    names = {key: inside(root, texts[key], where) for key in ("file", "target", "source", "mask") if texts[key]}
     if not (target := names.get("file") or names.get("target")):
         raise UserError(f"{where}: the name of the picture is empty; expected a file of the data folder: mend it")
     return Item(target, (texts["prompt"] or "").strip(), names.get("source"), names.get("mask"))
 
 
-def _inside(root: Path, name: str, where: str | Path | None = None) -> Path:
+def inside(root: Path, name: str, where: str | Path | None = None) -> Path:
     """A name from outside -> a path below `root`, links followed; else UserError. Both kinds of slashes separate."""
     parts = PureWindowsPath(name)
     try:
@@ -128,7 +130,7 @@ def _inside(root: Path, name: str, where: str | Path | None = None) -> Path:
     return root / name
 
 
-def _caption(path: Path) -> str:
+def caption(path: Path) -> str:
     try:
         with path.open("rb") as file:
             text = file.read(MAX_TEXT_BYTES + 1)
@@ -218,9 +220,9 @@ def survey(items: list[Item], edge: int) -> Survey:
     return found
 
 
-def load(path: str | Path, edge: int) -> list[Item]:
+def load(path: str | Path, edge: int, items: list[Item] | None = None) -> list[Item]:
     """The items of a data set, ready for `batches`; says on standard error what was skipped or looks wrong."""
-    found = survey(find(path), edge)
+    found = survey(find(path) if items is None else items, edge)
     if os.environ.get("RANK", "0") == "0":  # one of several processes is enough
         print(f"data {path}:", *found.lines(), sep="\n", file=sys.stderr)
     found.refuse()
@@ -263,38 +265,34 @@ def batches(items: list[Item], batch: int, seed: int, start_step: int = 0) -> It
 def images(batch: list[Item], part: str = "path") -> "Tensor":
     """The pictures of one batch -> (B, 3, H, W) in [-1, 1]; with part="source" what they are learned from."""
     import torch
+
     return torch.cat([pictures.to_tensor(fit(pictures.read(getattr(item, part)), item.size)) for item in batch])
 
 
-def masks(batch: list[Item]) -> "Tensor":
-    """-> (B, 1, H, W), 1 = repaint: where the mask is nearer to white than to black. Every item must have one."""
-    import torch
-    greys = [fit(pictures.read(item.mask).convert("L"), item.size, Image.Resampling.NEAREST) for item in batch]
-    return torch.from_numpy(np.stack([np.asarray(grey) >= 128 for grey in greys])[:, None]).float()
-
-
-def check(path: str | Path, edge: int) -> None:
-    found = survey(find(path), edge)
+def check(path: str | Path, edge: int, items: list[Item] | None = None) -> Survey:
+    found = survey(find(path) if items is None else items, edge)
     print(*found.lines(most=None), f"buckets of about {edge}x{edge} pixels:", sep="\n")
     for (width, height), count in Counter(item.size for item in found.items).most_common():
         print(f"  {width}x{height}: {count}")
     found.refuse()
+    return found
 
 
 def main(argv: list[str] | None = None) -> int:
-    if (argv := sys.argv[1:] if argv is None else argv)[:1] == ["curate"]:
-        from flux.curation import main as curate  # which reads folders by this file
-        return curate(argv[1:])
-    parser = argparse.ArgumentParser(prog="python -m flux.data", description="Looks at a data set; or `curate`.")
-    parser.add_argument("command", choices=["check"])
+    parser = argparse.ArgumentParser(prog="python -m flux.data", description="Looks at a data set, as training would.")
+    parser.add_argument("command", choices=["check", *OTHERS], help="the others have a --help of their own")
     parser.add_argument("data", type=Path, help="a folder of pictures, a metadata.jsonl, or a .tar")
     parser.add_argument("--edge", type=int, default=1024, help="pixels; buckets have about edge * edge of them (1024)")
-    options = parser.parse_args(argv)
+    words = sys.argv[1:] if argv is None else argv
     try:
-        return check(options.data, options.edge) or 0
+        if words and words[0] in OTHERS:
+            return importlib.import_module(OTHERS[words[0]]).main(words[1:]) or 0
+        options = parser.parse_args(words)
+        check(options.data, options.edge)
     except UserError as error:
         print(error, file=sys.stderr)
         return 2
+    return 0
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ from PIL import Image
 from torch import Tensor
 
 from flux import latents
+from flux.flow import Velocity
 
 
 def masked(image: Tensor, mask: Tensor) -> Tensor:
@@ -26,6 +27,12 @@ def pack_mask(mask: Tensor) -> Tensor:
 def tokens(masked_latents: Tensor, mask: Tensor) -> Tensor:
     """Latents (B, 16, h, w) of the masked image, mask (B, 1, 8h, 8w) -> (B, L_img, 64 + 256)."""
     return torch.cat((latents.pack(masked_latents), pack_mask(mask).to(masked_latents.dtype)), dim=-1)
+
+
+def held(velocity: Velocity, known: Tensor, true: Tensor) -> Velocity:
+    """`known` latents (B, L_img, 64) bool go straight to where they come from, `true`, by v = (x_t - x_0) / t; elsewhere the
+    velocity itself."""
+    return lambda img, t: torch.where(known, (img - true) / t[:, None, None], velocity(img, t))
 
 
 def outpaint(pil: Image.Image, mask: Image.Image, left: int, top: int, right: int, bottom: int):

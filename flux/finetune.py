@@ -4,8 +4,9 @@ What is trained is not said here: a recipe takes `Captioned` and adds a model, `
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 from PIL import Image
@@ -22,21 +23,19 @@ from flux.settings import FineTuning
 class Captioned:
     """A task of train.py without what it trains: `model`, the transformer, is the recipe's to set.
 
-    also: items beside those of --data, which the recipe draws from itself.
+    also: a data set beside --data, whose items the recipe draws itself, from `self.also`.
     """
 
     model: torch.nn.Module
 
-    def __init__(self, settings: FineTuning, also: Sequence[data.Item] = ()):
+    def __init__(self, settings: FineTuning, also: Path | None = None):
         if not settings.data:
             raise UserError("--data is missing, expected a folder of pictures with captions; add --data FOLDER")
         self.settings, self.preset = settings, preset(settings.model)
-        if self.preset.flux.in_channels != self.preset.flux.out_channels:
-            raise UserError(f"--model {settings.model} draws from a prompt and a {self.preset.takes} picture, expected a "
-                            "model that needs captions alone; take --model dev or demo")
+        self.check_model()
         self.place, _ = device.choose(settings.device)
-        items = data.load(settings.data, settings.edge or self.preset.width)
-        self.items, self.unseen = data.hold_out(items, settings.held_out)
+        self.items, self.unseen = data.hold_out(self.load(settings.data), settings.held_out)
+        self.also = self.load(also) if also else []
         self.found = weights.find(self.preset, settings.weights)
         weights.require(self.found, "flux", "ae", "clip", "t5", "tokenizer", "tokenizer_2")
         self.frozen = torch.float32 if self.place.type == "cpu" else torch.bfloat16
@@ -46,7 +45,15 @@ class Captioned:
         made_by = {part: source(self.found[part].path) for part in ("ae", "clip", "t5", "tokenizer", "tokenizer_2")}
         self.latents_from = "latents", self.place.type, made_by.pop("ae")
         self.features_from = "features", self.place.type, str(self.frozen), self.preset.t5_length, *made_by.values()
-        self.fill_cache([*self.items, *self.unseen, *also])
+        self.fill_cache([*self.items, *self.unseen, *self.also])
+
+    def check_model(self) -> None:
+        if self.preset.flux.in_channels != self.preset.flux.out_channels:
+            raise UserError(f"--model {self.settings.model} draws from a prompt and a {self.preset.takes} picture, expected "
+                            "a model that needs captions alone; take --model dev or demo")
+
+    def load(self, path: Path) -> list[data.Item]:
+        return data.load(path, self.settings.edge or self.preset.width)
 
     def fill_cache(self, items: list[data.Item]) -> None:
         """All that a run will need, each process its share of it; then the encoders' memory is the transformer's."""
@@ -54,7 +61,8 @@ class Captioned:
             return
         team = parallel.join()
         captions = dict.fromkeys(["", *(item.caption for item in items)])
-        todo = [partial(self.latent, item) for item in items if not self.cache.has(self.latent_key(item))]
+        made = [entry for item in items for entry in self.entries(item)]
+        todo = [partial(self.cache.get, *entry) for entry in made if not self.cache.has(entry[0])]
         todo += [partial(self.features, [caption]) for caption in captions if not self.cache.has(self.features_key(caption))]
         with team.together():
             for make in tqdm(todo[team.rank::team.size], desc="latents and features", disable=None):
@@ -70,7 +78,7 @@ class Captioned:
         rng = draws.rng(self.settings.seed, "caption" + purpose, step, micro)
         captions = [item.caption if rng.random() >= self.settings.drop else "" for item in items]
         generator = draws.generator(self.settings.seed, "noise" + purpose, step, micro)
-        times = self.times(len(items), math.prod(items[0].size) // 256, generator)
+        times = self.times(len(items), self.tokens(items[0]), generator)
         return self.noised(items, captions, times, generator)
 
     def times(self, count: int, tokens: int, generator: torch.Generator) -> Tensor:
@@ -78,7 +86,13 @@ class Captioned:
         section 5.3.2)."""
         if self.settings.times == "uniform":
             return torch.rand(count, generator=generator)
+        if self.settings.times == "sampled":
+            return flow.draw_sampled_t(count, generator, flow.mu(tokens) if self.preset.shift else 0.0)
         return flow.draw_t(count, generator, mean=flow.mu(tokens) if self.settings.times == "shift" else 0.0)
+
+    def tokens(self, item: data.Item) -> int:
+        """Of what is drawn."""
+        return math.prod(item.size) // 256
 
     def held_out(self) -> list:
         """A batch for each picture that was kept apart, at four times from almost clear to almost noise."""
@@ -94,14 +108,17 @@ class Captioned:
         cond = conditioning.condition(txt, vec, *items[0].size, self.settings.guidance)
         return x0, eps, times.to(self.place), cond
 
-    @torch.no_grad()
+    def entries(self, item: data.Item) -> list[tuple[tuple, Callable[[], dict[str, Tensor]]]]:
+        """All that is made of a picture once: name in the cache, and what makes it."""
+        return [((*self.latents_from, item.size, content(item.path)), partial(self.encoded, item))]
+
     def latent(self, item: data.Item) -> Tensor:
         """(1, 16, h, w), each picture alone, so that it does not depend on its neighbours in a batch."""
-        return self.cache.get(self.latent_key(item), lambda: {
-            "latent": self.autoencoder.encode(data.images([item]).to(self.place)).cpu()})["latent"]
+        return self.cache.get(*self.entries(item)[0])["latent"]
 
-    def latent_key(self, item: data.Item) -> tuple:
-        return *self.latents_from, item.size, content(item.path)
+    @torch.no_grad()
+    def encoded(self, item: data.Item) -> dict[str, Tensor]:
+        return {"latent": self.autoencoder.encode(data.images([item]).to(self.place)).cpu()}
 
     def features(self, captions: list[str]) -> tuple[Tensor, Tensor]:
         """txt (B, L_txt, 4096), vec (B, 768), float32, each caption alone."""
@@ -126,8 +143,8 @@ class Captioned:
         return [str(item.path) for item in self.draw(step, micro)]
 
     def loss(self, batch) -> Tensor:
-        x0, eps, t, cond = batch
-        return flow.loss(conditioning.velocity(self.model, cond), x0, eps, t)
+        x0, eps, t, cond, *weight = batch
+        return flow.loss(conditioning.velocity(self.model, cond), x0, eps, t, *weight)
 
     def preview(self) -> Image.Image:
         """The first four captions, from fixed seeds."""

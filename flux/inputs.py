@@ -9,14 +9,14 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from flux import canny, checkpoint, cli, conditioning, fill, flow, latents, pictures, weights
+from flux import canny, checkpoint, cli, conditioning, edits, fill, flow, latents, pictures, weights
 from flux.autoencoder import AutoEncoder
 from flux.conditioning import Condition, Residuals
 from flux.config import PRESETS, Preset
+from flux.edits import Layout
 from flux.errors import UserError
 from flux.settings import Conditioned
 
@@ -25,9 +25,10 @@ STRENGTH = 0.75  # of img2img when none is said: the layout stays, details chang
 
 @dataclass(frozen=True)
 class Inputs:
-    """Pictures in mode RGB, the mask in mode L; image, mask and control are of `size`, what is drawn."""
+    """Pictures in mode RGB, the mask in mode L; image, mask and control are of one size, which is the drawn one's, or half
+    of its width where it is drawn beside the image."""
 
-    size: tuple[int, int]  # width, height in pixels
+    size: tuple[int, int]  # width, height in pixels of what is drawn
     image: Image.Image | None
     mask: Image.Image | None
     control: Image.Image | None
@@ -35,6 +36,17 @@ class Inputs:
     seen: tuple[tuple[Image.Image, float], ...]  # by Redux, with a strength each
     strength: float  # 1: the image is not started from
     files: dict[str, str]  # what the metadata says of them: name and fingerprint
+    layout: Layout = edits.FILL  # how image and mask are shown
+
+    def finished(self, drawn: Image.Image, keep: bool) -> Image.Image:
+        """The picture that was asked for, of a drawn canvas. To `keep`: known pixels, and where an edit's mask is white
+        throughout those that have not changed to the eye."""
+        if self.layout.beside:
+            drawn = drawn.crop((drawn.width // 2, 0, *drawn.size))
+        if not keep:
+            return drawn
+        anywhere = (self.layout.beside or self.layout.repaint < 1) and self.mask.getextrema() == (255, 255)
+        return fill.keep(drawn, self.image, edits.changed(self.image, drawn) if anywhere else self.mask)
 
 
 @dataclass(frozen=True)
@@ -53,10 +65,8 @@ class Encoded:
         return noise if self.start is None else flow.interpolate(self.start, noise, noise.new_full((len(noise),), t))
 
     def held(self, velocity: flow.Velocity) -> flow.Velocity:
-        """What is known goes straight to where it comes from, by v = (x_t - x_0) / t; elsewhere the velocity itself."""
-        if self.known is None:
-            return velocity
-        return lambda img, t: torch.where(self.known, (img - self.true) / t[:, None, None], velocity(img, t))
+        """What is known is not left to the model."""
+        return velocity if self.known is None else fill.held(velocity, self.known, self.true)
 
     def onto(self, cond: Condition) -> Condition:
         if self.channels is not None:
@@ -85,7 +95,8 @@ def read(asked: Conditioned, model: Preset) -> Inputs:
     if image and mask and image.size != mask.size:
         raise UserError(f"--mask {asked.mask} is {edges(mask)} pixels, expected {edges(image)} as --image {asked.image}; "
                         "make them equal")
-    mask = mask.convert("L") if mask else Image.new("L", image.size, 0) if asked.outpaint else None
+    mask = mask.convert("L") if mask else Image.new("L", image.size, 255 * (not asked.outpaint)) if (
+        asked.outpaint or asked.edits) else None
     if asked.outpaint:
         check_canvas(asked, image)
         image, mask = fill.outpaint(image, mask, *asked.pads)
@@ -96,22 +107,25 @@ def read(asked: Conditioned, model: Preset) -> Inputs:
     if asked.control_from:
         control = Image.fromarray(canny.edges(np.asarray(control))).convert("RGB")
     default = 1.0 if mask or not image else STRENGTH
-    return Inputs(size, image, mask and mask.resize(size, Image.Resampling.BOX), control, tuple(references),
-                  tuple((opened[f"redux {i}"], strength) for i, (_, strength) in enumerate(redux, 1)),
-                  default if asked.strength is None else asked.strength, files)
+    mask_value = edits.MASK_VALUE if asked.mask_value is None else asked.mask_value
+    layout = Layout(edits.MODES[asked.beside], asked.repaint, mask_value)
+    return Inputs((size[0] * (1 + asked.beside), size[1]), image, mask and mask.resize(size, Image.Resampling.BOX), control,
+                  tuple(references), tuple((opened[f"redux {i}"], strength) for i, (_, strength) in enumerate(redux, 1)),
+                  default if asked.strength is None else asked.strength, files, layout)
 
 
 def check_model(asked: Conditioned, model: Preset) -> None:
     """Each kind of conditioning goes with the models that were trained for it."""
     controls = (asked.control or asked.control_from) and not asked.controlnet
     for flag, given, kind in (("--mask", asked.mask, "mask"), ("--outpaint", asked.outpaint, "mask"),
+                              ("--repaint", asked.repaint < 1, "mask"), ("--beside", asked.beside, "mask"),
                               ("--reference", asked.reference, "reference"), ("--control", controls, "control")):
         if given and model.takes != kind:
             able = [preset.name for preset in PRESETS.values() if preset.takes == kind]
             other = "" if kind != "control" else " or name a ControlNet with --controlnet"
             raise UserError(f"{flag} came with --model {model.name}, which was not trained for it, expected "
                             f"{' or '.join(able)}; take --model {able[0]}{other}")
-    if model.takes == "mask" and not (asked.mask or asked.outpaint):
+    if model.takes == "mask" and not (asked.mask or asked.outpaint or asked.edits):
         raise UserError(f"--model {model.name} came without --mask and --outpaint, expected a picture and what to repaint; "
                         "add --image PICTURE --mask MASK")
     if model.takes == "control" and not (asked.control or asked.control_from):
@@ -123,11 +137,12 @@ def check_model(asked: Conditioned, model: Preset) -> None:
 
 def check_company(asked: Conditioned) -> None:
     """Flags that mean nothing without another."""
-    alone = [("--mask", asked.mask), ("--outpaint", asked.outpaint), ("--strength", asked.strength is not None)]
+    alone = [("--mask", asked.mask), ("--outpaint", asked.outpaint), ("--strength", asked.strength is not None),
+             ("--repaint", asked.repaint < 1), ("--beside", asked.beside)]
     for flag, given in alone:
         if given and not asked.image:
             raise UserError(f"{flag} came without --image, expected the picture it is about; add --image PICTURE")
-    if asked.keep and not (asked.mask or asked.outpaint):
+    if asked.keep and not (asked.mask or asked.outpaint or asked.edits):
         raise UserError("--keep came without --mask and --outpaint, expected what is not to be kept; add one of them")
     if asked.control and asked.control_from:
         raise UserError("--control came with --control-from, expected one picture to follow; leave out one of them")
@@ -187,15 +202,12 @@ def encode(given: Inputs, autoencoder: AutoEncoder, model: Preset, image_tokens:
     """By the mean of the autoencoder's posterior, so that the same pictures give the same conditions."""
     weight = next(autoencoder.parameters())
     start = channels = known = true = None
+    image = pictures.to_tensor(given.image) if given.image else None
     if given.image and given.strength < 1:
-        start = latents.pack(autoencoder.encode(pictures.to_tensor(given.image).to(weight)))
+        start = latents.pack(autoencoder.encode(given.layout.canvas(image, image).to(weight)))
     if given.mask:
-        mask = torch.from_numpy(np.asarray(given.mask) / np.float32(255))[None, None]
-        shown = fill.masked(pictures.to_tensor(given.image), mask)
-        channels = fill.tokens(autoencoder.encode(shown.to(weight)), mask.to(weight))
-        if hold:
-            true = latents.pack(autoencoder.encode(pictures.to_tensor(given.image).to(weight)))
-            known = latents.pack((F.max_pool2d(mask, 8) == 0).expand(-1, 16, -1, -1)).to(weight.device)
+        mask = edits.soft(given.mask, given.mask.size)
+        channels, known, true = edits.encode(image, mask, given.layout, autoencoder, hold)
     elif model.takes == "control":
         channels = latents.pack(autoencoder.encode(pictures.to_tensor(given.control).to(weight)))
     references = tuple(autoencoder.encode(pictures.to_tensor(pil).to(weight)) for pil in given.references)

@@ -5,6 +5,7 @@ Beside linear layers W stand pairs A, B, and only they are trained: W x + alpha 
 pictures that shall stay as they are (prior preservation, arXiv 2208.12242, section 3.2).
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from flux import adapters, cli, data, lora_names, parallel
-from flux.config import preset
 from flux.errors import UserError
 from flux.finetune import Captioned
 from flux.settings import FineTuning
@@ -51,9 +51,7 @@ class TrainLora(FineTuning):
 
 class LoraTask(Captioned):
     def __init__(self, settings: TrainLora):
-        edge = settings.edge or preset(settings.model).width
-        self.prior = data.load(settings.prior, edge) if settings.prior else []
-        super().__init__(settings, also=self.prior)
+        super().__init__(settings, also=settings.prior)
         torch.manual_seed(settings.seed)
         dtype = torch.float32 if self.place.type == "cpu" else torch.bfloat16  # of the frozen weights; A and B are float32
         self.model = adapters.load_flux(self.found, self.preset, dtype, self.place)
@@ -65,9 +63,9 @@ class LoraTask(Captioned):
 
     def batch(self, step: int, micro: int):
         kept = None
-        if self.prior:
+        if self.also:
             index = step * self.settings.accumulate + micro
-            items = next(data.batches(self.prior, self.settings.batch, self.settings.seed, index))
+            items = next(data.batches(self.also, self.settings.batch, self.settings.seed, index))
             kept = self.drawn(items, " to keep", step, micro)
         return super().batch(step, micro), kept
 
@@ -84,12 +82,16 @@ class LoraTask(Captioned):
         return Adapter({name.replace("/", "."): (LowRank(pair.A.detach().cpu(), pair.B.detach().cpu(), pair.scale),)
                         for name, pair in self.pairs.items()})
 
-    def save(self, folder: Path) -> None:
+    def save(self, folder: Path, command: str = "lora", extra: Mapping[str, str] | None = None) -> None:
+        """extra: of the metadata."""
         adapter, path = self.adapter(), folder / "final.safetensors"
-        made = {"command": "python train.py lora", "config": cli.as_dict(self.settings), "pictures": len(self.items)}
+        made = {"command": f"python train.py {command}", "config": cli.as_dict(self.settings), "pictures": len(self.items)}
         parents = {"flux": self.found["flux"].path}
         io.write(path, {"flux": adapter}, lora_names.names(self.preset),
-                 metadata=about(adapter, folder.name, self.settings.model, made, parents))
+                 metadata=about(adapter, folder.name, self.settings.model, made, parents, extra))
         if parallel.join().leads:
-            print(f"draw with it: python sample.py --model {self.settings.model} --lora {path} ...")
+            print(f"draw with it: {self.how_to_draw(path)}")
+
+    def how_to_draw(self, path: Path) -> str:
+        return f"python sample.py --model {self.settings.model} --lora {path} ..."
 

@@ -171,7 +171,8 @@ def shown(rows: dict[str, Tensor], clean: Tensor) -> Image.Image:
     targets = [np.asarray(pil) for pil in pictures.to_pil(clean)]
     for name, images in rows.items():
         found = pictures.to_pil(images)
-        mean = np.mean([min(quality.psnr(np.asarray(a), b), 99) for a, b in zip(found, targets, strict=True)])
+        decibels = [quality.of_pixels(quality.psnr, np.asarray(a), b) for a, b in zip(found, targets, strict=True)]
+        mean = np.minimum(decibels, 99).mean()
         captions += [name if name == "clean" else f"{name}, {mean:.1f} dB"] + [""] * (len(found) - 1)
         pils += found
     return pictures.contact_sheet(pils, len(clean), captions)

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from flux import degradation, device, draws, pictures, quality, restore
+from flux import degradation, device, draws, iqa, pictures, quality, restore
 from flux.config import DEMO
 from flux.demo import referee
 from flux.demo import scene as world
@@ -48,13 +48,15 @@ class Evaluate:
         for name, change in {**settings, **(ABLATIONS if self.ablations else {})}.items():
             rows[name] = as_pixels(self.restored(networks, lq, replace(how, **change), name))
         targets = as_pixels(clean)
-        decibels = {name: [quality.psnr(a, b) for a, b in zip(found, targets, strict=True)] for name, found in rows.items()}
+        decibels = {name: [quality.of_pixels(quality.psnr, a, b) for a, b in zip(found, targets, strict=True)]
+                    for name, found in rows.items()}
         right = {name: [verdict(pixels, scene) for pixels, scene in zip(found, scenes, strict=True)]
                  for name, found in rows.items()}
         strong = np.array(decibels["input"]) < np.median(decibels["input"])
         lines = [f"| {self.count} held-out scenes | PSNR | SSIM | right | right, strong half |", "|---" * 5 + "|"]
         for name, found in rows.items():
-            alike = np.mean([quality.ssim(a, b) for a, b in zip(found, targets, strict=True)])
+            alike = np.mean([quality.of_pixels(quality.ssim, iqa.gray(a), iqa.gray(b))
+                             for a, b in zip(found, targets, strict=True)])
             lines.append(f"| {name} | {np.mean(np.minimum(decibels[name], CEILING)):.2f} dB | {alike:.3f} | "
                          f"{np.mean(right[name]):.0%} | {np.mean(np.array(right[name])[strong]):.0%} |")
         lines += ["", *self.of_clean(networks, how), "", *per_degradation(recipes, decibels, right)]
@@ -100,7 +102,8 @@ class Evaluate:
             tried[f"fidelity {share}"] = self.restored(networks, clean, replace(how, fidelity=share), "clean")
         lines = [f"| {len(clean)} clean inputs | PSNR |", "|---|---|"]
         for name, found in tried.items():
-            decibels = [quality.psnr(a, b) for a, b in zip(as_pixels(found), as_pixels(clean), strict=True)]
+            decibels = [quality.of_pixels(quality.psnr, a, b)
+                        for a, b in zip(as_pixels(found), as_pixels(clean), strict=True)]
             lines.append(f"| {name} | {np.mean(np.minimum(decibels, CEILING)):.2f} dB |")
         return lines
 

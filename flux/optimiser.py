@@ -18,20 +18,29 @@ def build(model: nn.Module, settings) -> "torch.optim.AdamW | MuonAdamW | Foreig
     """An optimiser of the parameters that require grad, with the learning rate, beta2 and decay of the settings."""
     parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
     hidden = [p for name, p in parameters.items() if settings.optimiser == "muon" and is_hidden(name, p)]
-    rest = [p for name, p in parameters.items() if settings.optimiser != "muon" or not is_hidden(name, p)]
-    groups = [{"params": rest}]
-    if (plus := getattr(settings, "plus", 1.0)) != 1:  # LoRA+ (arXiv 2402.12354): B learns faster than A
-        fast = {id(p) for name, p in parameters.items() if name.endswith(".trained.B")}
-        groups = [{"params": [p for p in rest if (id(p) in fast) == scaled], "lr_scale": plus if scaled else 1.0}
-                  for scaled in (False, True)]
+    scaled: dict[tuple[str, float], list[nn.Parameter]] = {("", 1.0): []}
+    for name, p in parameters.items():
+        if settings.optimiser != "muon" or not is_hidden(name, p):
+            scaled.setdefault(scale_of(name, settings), []).append(p)
+    groups = [{"params": some, "lr_scale": scale} for (_, scale), some in scaled.items() if some]
     if settings.optimiser not in ("adamw", "muon"):
         return Foreign(by_path(settings.optimiser, groups, settings))
     adamw = torch.optim.AdamW(groups, lr=settings.lr, betas=(0.9, settings.beta2), weight_decay=settings.weight_decay,
-                              fused=True) if rest else None
+                              fused=True) if groups else None
     if not hidden:
         return adamw
     muon = torch.optim.Muon(hidden, lr=settings.lr, weight_decay=settings.weight_decay, adjust_lr_fn="match_rms_adamw")
     return MuonAdamW([muon] if adamw is None else [muon, adamw])
+
+
+def scale_of(name: str, settings) -> tuple[str, float]:
+    """The group of a parameter, and its learning rate over that of the settings."""
+    for start, scale in getattr(settings, "lr_scales", {}).items():
+        if name.startswith(start):
+            return start, scale
+    if name.endswith(".trained.B") and getattr(settings, "plus", 1.0) != 1:  # LoRA+ (arXiv 2402.12354)
+        return "B", settings.plus  # learns faster than A
+    return "", 1.0
 
 
 def is_hidden(name: str, p: Tensor) -> bool:

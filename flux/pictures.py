@@ -150,8 +150,9 @@ def to_pil(image: "Tensor") -> list[Image.Image]:
     return [Image.fromarray(picture) for picture in pixels.numpy()]
 
 
-def write_png(path: str | Path, pil: Image.Image, metadata: dict | None) -> None:
-    """Writes a PNG, whole or not at all, over what was there; with `metadata` (JSON values), its recipe inside.
+def write_png(path: str | Path, pil: Image.Image, metadata: dict | None, sync: bool = True) -> None:
+    """Writes a PNG, whole or not at all, over what was there; with `metadata` (JSON values), its recipe inside. Without
+    `sync` a power cut may cost it: for pictures by the thousand that can be made again.
 
     Of the metadata, `prompt`, `seed`, `steps`, `guidance` and `config` (for the model) also make the `parameters` text.
     UserError when it cannot be written.
@@ -163,7 +164,7 @@ def write_png(path: str | Path, pil: Image.Image, metadata: dict | None) -> None
         info.add_text("minflux", json.dumps(metadata, sort_keys=True, allow_nan=False))
     data = io.BytesIO()
     pil.save(data, "PNG", pnginfo=info, compress_level=6)
-    _publish(Path(path), data.getbuffer())
+    publish(Path(path), data.getbuffer(), sync)
 
 
 def parameters(metadata: dict, size: tuple[int, int]) -> str:
@@ -232,7 +233,7 @@ def _partial(path: Path) -> Path:
     return path.with_name(f".{path.name}.part")
 
 
-def _publish(path: Path, data: memoryview) -> None:
+def publish(path: Path, data: bytes | memoryview, sync: bool = True) -> None:
     """Beside its place, synced, then renamed."""
     partial = _partial(path)
     try:
@@ -240,13 +241,15 @@ def _publish(path: Path, data: memoryview) -> None:
             with partial.open("wb") as file:
                 file.write(data)
                 file.flush()
-                os.fsync(file.fileno())
+                if sync:
+                    os.fsync(file.fileno())
             os.replace(partial, path)
         finally:
             partial.unlink(missing_ok=True)
         folder = os.open(path.parent, os.O_RDONLY)
         try:
-            os.fsync(folder)
+            if sync:
+                os.fsync(folder)
         finally:
             os.close(folder)
     except OSError as error:

@@ -1,95 +1,91 @@
-"""How good a picture is: against a reference (PSNR, SSIM), and alone (blur, flatness, edges over noise). Pure numpy.
+"""How far a picture is from the one it should be: PSNR, SSIM (Wang et al. 2004), LPIPS (arXiv 1801.03924).
 
-The measures for curation are those of lucidflux.md section 10.1, in whole numbers until the last step, so that they are
-exact and the same on every machine.
+Pictures are (B, 3, H, W) in [0, 1]; every measure is one number per picture, (B,). LPIPS needs weights that are not ours:
+torchvision's AlexNet and the authors' linear layers, as files.
 """
 
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
 import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
 
-PATCH = 240  # pixels
-FLAT = 800  # variance of the gradient's magnitude below which a patch is flat
+from flux import checkpoint
+from flux.errors import UserError
 
-
-def psnr(a: np.ndarray, b: np.ndarray) -> float:
-    """Of two pictures (H, W, 3) uint8, in dB; infinite for equal ones."""
-    error = np.square(a.astype(np.float64) - b).mean()
-    return float("inf") if error == 0 else float(10 * np.log10(255**2 / error))
-
-
-def ssim(a: np.ndarray, b: np.ndarray) -> float:
-    """Structural similarity of the luma (Wang et al. 2004): windows of 11 x 11, Gaussian with sigma 1.5, inside the picture.
-
-    A picture with an edge below 11 pixels is one window.
-    """
-    x, y = (gray(picture).astype(np.float64) for picture in (a, b))
-    line = np.exp(-0.5 * ((np.arange(11) - 5) / 1.5) ** 2)
-    line /= line.sum()
-
-    def mean(z):
-        if min(z.shape) < 11:
-            return z.mean(keepdims=True)
-        for axis in (0, 1):
-            z = np.apply_along_axis(np.convolve, axis, z, line, "valid") if z.size < 4096 else _slid(z, line, axis)
-        return z
-    mx, my = mean(x), mean(y)
-    xx, yy, xy = mean(x * x) - mx * mx, mean(y * y) - my * my, mean(x * y) - mx * my
-    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
-    return float(((2 * mx * my + c1) * (2 * xy + c2) / ((mx * mx + my * my + c1) * (xx + yy + c2))).mean())
+K1, K2, WINDOW, SIGMA = 0.01, 0.03, 11, 1.5  # of SSIM, as published
 
 
-def _slid(z: np.ndarray, line: np.ndarray, axis: int) -> np.ndarray:
-    length = z.shape[axis] - len(line) + 1
-    return sum(weight * z.take(range(i, i + length), axis) for i, weight in enumerate(line))
+def psnr(a: Tensor, b: Tensor, where: Tensor | None = None) -> Tensor:
+    """Decibels against a peak of 1; infinite for equal pictures. where (B, 1, H, W): which pixels count, NaN for none."""
+    error = (a - b).double().square()
+    if where is None:
+        return -10 * error.flatten(1).mean(1).log10()
+    return -10 * ((error * where).flatten(1).sum(1) / (3 * where.flatten(1).sum(1))).log10()
 
 
-def gray(picture: np.ndarray) -> np.ndarray:
-    """(H, W, 3) uint8 -> (H, W) int16: 0.299 R + 0.587 G + 0.114 B, rounded."""
-    weighed = picture.astype(np.int32) @ np.array((299, 587, 114), np.int32)
-    return ((weighed + 500) // 1000).astype(np.int16)
+def ssim(a: Tensor, b: Tensor) -> Tensor:
+    """Mean of the index over colours and all windows of 11 x 11 pixels inside the picture, each weighted by a Gaussian."""
+    offsets = torch.arange(WINDOW, dtype=torch.float64, device=a.device) - WINDOW // 2
+    bell = torch.exp(-offsets.square() / (2 * SIGMA**2))
+    window = (bell[:, None] * bell / bell.sum() ** 2).expand(a.shape[1], 1, -1, -1)
+    assert min(a.shape[2:]) >= WINDOW, f"{tuple(a.shape)}: a picture smaller than SSIM's window"
+
+    def mean(x: Tensor) -> Tensor:
+        return F.conv2d(x, window, groups=a.shape[1])
+
+    a, b = a.double(), b.double()
+    ma, mb = mean(a), mean(b)
+    va, vb, cov = mean(a * a) - ma**2, mean(b * b) - mb**2, mean(a * b) - ma * mb
+    c1, c2 = K1**2, K2**2
+    index = (2 * ma * mb + c1) * (2 * cov + c2) / ((ma**2 + mb**2 + c1) * (va + vb + c2))
+    return index.flatten(1).mean(1)
 
 
-def blur(grey: np.ndarray) -> float:
-    """Variance of the 4-neighbour Laplacian; low where there are no edges, huge where there is noise."""
-    a = np.pad(grey, 1, mode="reflect") if min(grey.shape) > 1 else np.pad(grey, 1, mode="edge")
-    laplacian = a[:-2, 1:-1] + a[2:, 1:-1] + a[1:-1, :-2] + a[1:-1, 2:] - 4 * a[1:-1, 1:-1]
-    return _variance(laplacian.sum(dtype=np.int64), np.square(laplacian, dtype=np.int32).sum(dtype=np.int64), grey.size)
+def of_pixels(measure: Callable[[Tensor, Tensor], Tensor], a: np.ndarray, b: np.ndarray) -> float:
+    """One of the above for two pictures (H, W, 3) or their greys (H, W), in 0 .. 255."""
+    shown = (torch.from_numpy(np.ascontiguousarray(x if x.ndim == 3 else x[..., None])) for x in (a, b))
+    return measure(*(x.permute(2, 0, 1)[None].double() / 255 for x in shown)).item()
 
 
-def _variance(total: float, squares: float, count: int) -> float:
-    return float(squares / count - (total / count) ** 2)
+class Lpips(nn.Module):
+    """Distance of AlexNet's features after each of its five ReLUs: normalised, squared difference, weighted, averaged."""
+
+    SHAPES = ((64, 3, 11), (192, 64, 5), (384, 192, 3), (256, 384, 3), (256, 256, 3))  # out, in, edge of each convolution
+    NUMBERS = (0, 3, 6, 8, 10)  # of them in torchvision's `features`
+
+    def __init__(self):
+        super().__init__()
+        self.convolutions = nn.ModuleList(nn.Conv2d(columns, rows, edge, stride=4 if edge == 11 else 1,
+                                                    padding=2 if edge > 3 else 1) for rows, columns, edge in self.SHAPES)
+        self.linear = nn.ParameterList(torch.zeros(1, rows, 1, 1) for rows, _, _ in self.SHAPES)
+        self.register_buffer("shift", torch.tensor((-0.030, -0.088, -0.188)).view(1, 3, 1, 1))
+        self.register_buffer("scale", torch.tensor((0.458, 0.448, 0.450)).view(1, 3, 1, 1))
+
+    @torch.no_grad()
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        x, total = (torch.cat((a, b)) * 2 - 1 - self.shift) / self.scale, 0
+        for i, convolution in enumerate(self.convolutions):
+            x = F.relu(convolution(F.max_pool2d(x, 3, 2) if i in (1, 2) else x))
+            one, other = (x / (x.square().sum(1, keepdim=True).sqrt() + 1e-10)).chunk(2)
+            total = total + ((one - other).square() * self.linear[i]).sum(1).flatten(1).mean(1)
+        return total
 
 
-def gradient(grey: np.ndarray) -> np.ndarray:
-    """(..., H, W) int16 -> Sobel's squared magnitude, int32; the last two axes reflect."""
-    a = np.pad(grey, [(0, 0)] * (grey.ndim - 2) + [(1, 1), (1, 1)], mode="reflect")
-    down = a[..., :-2, :] + 2 * a[..., 1:-1, :] + a[..., 2:, :]
-    across = a[..., :-2] + 2 * a[..., 1:-1] + a[..., 2:]
-    gx, gy = down[..., 2:] - down[..., :-2], across[..., 2:, :] - across[..., :-2, :]
-    return np.square(gx, dtype=np.int32) + np.square(gy, dtype=np.int32)
-
-
-def flatness(grey: np.ndarray) -> tuple[float, int]:
-    """(share of flat patches, patches): whole ones of 240 x 240 from the top left corner; 0 where there are none."""
-    rows, columns = (edge // PATCH for edge in grey.shape)
-    if not rows * columns:
-        return 0.0, 0
-    patches = grey[:rows * PATCH, :columns * PATCH].reshape(rows, PATCH, columns, PATCH).swapaxes(1, 2)
-    squared = gradient(patches)
-    means = np.sqrt(squared, dtype=np.float64).mean((2, 3))
-    return float((squared.mean((2, 3)) - means**2 < FLAT).mean()), rows * columns
-
-
-def clarity(grey: np.ndarray) -> float:
-    """A stand-in for a learned judge: the steepest edges over the noise, in dB. It knows nothing of what is shown.
-
-    Edges: the steepest 1 % of gradients. Noise: the median of Immerkaer's operator (1996), which is blind to
-    planes and straight edges. Both are in grey levels, of every second row and column of a large picture.
-    """
-    if min(grey.shape) < 3:
-        return 0.0
-    a = grey.astype(np.int32)
-    second = a[:-2] - 2 * a[1:-1] + a[2:]
-    noise = np.median(abs(second[:, :-2] - 2 * second[:, 1:-1] + second[:, 2:])) / 0.6745 / 6
-    squared = (gradient(grey)[::2, ::2] if grey.size > 2**16 else gradient(grey)).ravel()
-    steep = np.sqrt(np.partition(squared, -(len(squared) // 100 + 1))[-(len(squared) // 100 + 1):].mean()) / 4
-    return float(20 * np.log10((steep + 1) / (noise + 1)))
+def load_lpips(paths: Sequence[Path]) -> Lpips | None:
+    """From torchvision's alexnet and lpips' alex.pth, in two files or one; None without files."""
+    if not paths:
+        return None
+    state = {key: tensor for path in paths for key, tensor in checkpoint.read(path).items()}
+    names = {f"convolutions.{i}.{part}": f"features.{number}.{part}" for i, number in enumerate(Lpips.NUMBERS)
+             for part in ("weight", "bias")} | {f"linear.{i}": f"lin{i}.model.1.weight" for i in range(5)}
+    network = Lpips()
+    own = {name: tensor.shape for name, tensor in network.named_parameters()}
+    wrong = [theirs for name, theirs in names.items() if theirs not in state or state[theirs].shape != own[name]]
+    if wrong:
+        raise UserError(f"--lpips {', '.join(map(str, paths))}: {wrong[0]} is missing or of another shape "
+                        f"({len(wrong)} are), expected torchvision's alexnet and the alex.pth of lpips 0.1; name both")
+    network.load_state_dict({name: state[theirs].float() for name, theirs in names.items()}, strict=False)
+    return network.eval()

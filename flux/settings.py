@@ -84,6 +84,9 @@ class Conditioned(Sampling):
     outpaint: str | None = None  # pixels to add around --image, left,top,right,bottom as in 64,0,64,0; needs fill
     hold: bool = True  # lead known latents straight to the picture's own; --no-hold leaves them to the model, as released
     keep: bool = False  # put the known pixels back: equal to --image where the mask is black
+    repaint: float = 1.0  # share hidden of what the mask repaints: 1 all of it, as Fill was trained; less for editing LoRAs
+    beside: bool = False  # draw on the right half of a canvas, with --image on the left, for editing LoRAs; needs fill
+    mask_value: float | None = None  # what the model is told where the mask is white; default 1, as it was trained
     reference: tuple[Path, ...] = ()  # picture that the prompt changes or speaks of; needs kontext
     control: Path | None = None  # picture of edges or depths to follow; needs canny, depth or --controlnet
     control_from: Path | None = None  # picture whose Canny edges are followed, in place of --control
@@ -106,7 +109,8 @@ class Conditioned(Sampling):
     def __post_init__(self):
         super().__post_init__()
         _at_least(0, self, "cfg_scale", "control_scale")
-        for name in ("strength", "control_start", "control_end", "cfg_start", "cfg_end", "region_start", "region_end"):
+        for name in ("strength", "repaint", "mask_value", "control_start", "control_end", "cfg_start", "cfg_end",
+                     "region_start", "region_end"):
             share = getattr(self, name)
             if share is not None and not 0 <= share <= 1:
                 raise UserError(f"--{name.replace('_', '-')} {share}: expected a share from 0 to 1, such as 0.5")
@@ -118,6 +122,11 @@ class Conditioned(Sampling):
             raise UserError("--negative came without --cfg-scale, expected how strongly to avoid it; add --cfg-scale 3")
         if self.outpaint is not None:
             self.pads  # noqa: B018  checks it
+
+    @property
+    def edits(self) -> bool:
+        """The model sees what it is to change, so that a mask is not needed."""
+        return self.repaint < 1 or self.beside
 
     @property
     def pads(self) -> tuple[int, ...]:
@@ -180,7 +189,8 @@ class FineTuning(Training):
     edge: int | None = None  # pixels: pictures go into buckets of about edge x edge; default: the model's own size
     guidance: float = 1.0  # distilled guidance the transformer is told; 1 is the plain conditional velocity
     drop: float = 0.1  # share of captions left empty
-    times: Literal["shift", "logit-normal", "uniform"] = "shift"  # at which noise levels; shift: as at sampling this size
+    times: Literal["shift", "sampled", "logit-normal", "uniform"] = (  # at which noise levels; shift: logit-normal, moved as
+        "shift")  # sampling at this size is; sampled: as densely as its steps are, up to pure noise
     held_out: float = 0.05  # share of the pictures that training never sees, for the validation loss
     cache: bool = True  # make latents and text features once, into the folder cache/ of --out, which runs share
 

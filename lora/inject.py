@@ -14,7 +14,7 @@ from torch import nn
 
 from flux.errors import UserError
 from lora.adapter import Adapter, Bias, Dora, Term, delta, delta_bias
-from lora.layers import LoraLinear, TrainedLora, plan
+from lora.layers import LoraLinear, TrainedDense, TrainedLora, plan
 
 Strength = float | Callable[[str], float]  # for all layers, or by the layer's name
 
@@ -179,6 +179,18 @@ def add_trained(model: nn.Module, pattern: str, rank: int, alpha: float | None =
     for parameter in frozen:
         parameter.requires_grad_(False)
     return made
+
+
+def add_trained_whole(model: nn.Module, layer: str) -> TrainedDense:
+    """A change of one linear layer, weight and bias, to train beside it; the layer itself is frozen."""
+    found = _get(model, layer)
+    wrapper = found if isinstance(found, LoraLinear) else LoraLinear(found)
+    if wrapper.trained is not None:
+        raise UserError(f"{layer} has a LoRA in training, expected it to be trained whole or by a LoRA; change --target")
+    base = wrapper.base.requires_grad_(False)
+    wrapper.trained = TrainedDense(base.in_features, base.out_features, base.weight.device)
+    _set(model, layer, wrapper)
+    return wrapper.trained
 
 
 def freeze(model: nn.Module, pattern: str) -> None:

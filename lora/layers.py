@@ -38,7 +38,7 @@ class LoraLinear(nn.Module):
         super().__init__()
         self.base = base
         self.plan = Plan()
-        self.trained: TrainedLora | None = None
+        self.trained: TrainedLora | TrainedDense | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out). Inputs beyond the layer's own are seen by the LoRAs alone (control LoRAs)."""
@@ -77,6 +77,18 @@ class TrainedLora(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.scale * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
+
+
+class TrainedDense(nn.Module):
+    """A change D x + b of a whole layer to learn, in float32 whatever the layer is; zero at first."""
+
+    def __init__(self, in_features: int, out_features: int, device: torch.device | str = "cpu"):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(out_features, in_features, device=device))
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight.to(x.dtype), self.bias.to(x.dtype))
 
 
 def weight_of(base: nn.Module) -> Tensor:

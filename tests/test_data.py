@@ -334,15 +334,9 @@ def test_tensors_of_a_batch(tmp_path):
 
     picture(tmp_path / "t.png", (200, 200), "white")
     picture(tmp_path / "s.png", (200, 200), "black")
-    mask = np.zeros((200, 200), np.uint8)
-    mask[:, 100:], mask[:, :100] = 128, 127
-    Image.fromarray(mask).save(tmp_path / "m.png")
-    items = data.survey([Item(tmp_path / "t.png", "x", tmp_path / "s.png", tmp_path / "m.png")] * 2, 64).items
+    items = data.survey([Item(tmp_path / "t.png", "x", tmp_path / "s.png")] * 2, 64).items
     shape = (2, 3, 64, 64)
     assert torch.equal(data.images(items), torch.ones(shape)) and (data.images(items, "source") + 1).abs().max() < 1e-6
-    masks = data.masks(items)
-    assert masks.shape == (2, 1, 64, 64) and masks.dtype == torch.float32
-    assert masks[..., :32].max() == 0 and masks[..., 32:].min() == 1
 
 
 def check(*arguments):

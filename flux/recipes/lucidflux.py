@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from flux import checkpoint, data, device, pictures, quality, restore
+from flux import checkpoint, data, device, iqa, pictures, quality, restore
 from flux.config import preset
 from flux.errors import UserError
 from flux.lucid_training import TrainBranches, TrainSwinir
@@ -143,9 +143,9 @@ def measured(reference: Image.Image | None, pils: dict[str, Image.Image]) -> dic
         return {}
     clean, figures = np.asarray(reference), {}
     for name, pil in pils.items():
-        decibels = quality.psnr(np.asarray(pil), clean)
+        decibels = quality.of_pixels(quality.psnr, np.asarray(pil), clean)
         figures[name] = {"psnr": round(decibels, 2) if np.isfinite(decibels) else None,
-                         "ssim": round(quality.ssim(np.asarray(pil), clean), 4)}
+                         "ssim": round(quality.of_pixels(quality.ssim, iqa.gray(np.asarray(pil)), iqa.gray(clean)), 4)}
     return figures
 
 

@@ -22,7 +22,6 @@ from flux import (
     compiled,
     conditioning,
     device,
-    fill,
     flow,
     inputs,
     latents,
@@ -109,8 +108,7 @@ class TextToImage(Conditioned):
                         bar.update(len(some))
                     decoded = autoencoder.decode(latents.unpack(img, height, width))
                     for pil, (prompt, seed) in zip(pictures.to_pil(decoded), some, strict=True):
-                        if self.keep:
-                            pil = fill.keep(pil, given.image, given.mask)
+                        pil = given.finished(pil, self.keep)
                         alone = replace(self, prompt=(prompt,), prompts=None, num=1, seed=seed)
                         yield pil, {"prompt": prompt, "seed": seed, "steps": len(times) - 1, "guidance": guidance,
                                     "model": self.model, "config": alone, "files": files}
