@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from flux import draws, lora_layers, lora_names, weights
 from flux.config import preset
+from flux.demo.pool import entry_of
 from flux.errors import UserError
 from flux.lora_search import Member, Words, pool
 from flux.settings import Training
@@ -34,11 +35,14 @@ class TrainRetriever(Training):
     pool: Path = weights.DEMO / "pool"  # folder of LoRAs with index.json, as train.py demo pool writes; default: that one
     model: str = "demo"         # the preset that the LoRAs are for
     weights: Path | None = None  # folder with the model's weights, for CLIP
+    warm: Path | None = None    # encoder to begin with and leave as it is: only the head on the captions is learned
     kind: Literal["ours", "reference"] = "ours"  # of encoder and loss: ours, or as published (LoRAs of all layers only)
     steps: int = 600
     lr: float = 1e-3
     batch: int = 32             # LoRAs per step, each once
+    text: Literal["auto", "pooled", "tokens"] = "auto"  # CLIP's pooled row, or the mean of its tokens; auto: demo's tokens
     captions: int = 2           # of each LoRA in a step
+    prompts: int = 8            # captions of pictures of its kind that are learned beside its own, where the demo knows it
     precision: float = 0.95     # share of right answers from which on a search gives them, 0 to 1
     weight_decay: float = 0.1
     schedule: Literal["constant", "cosine"] = "cosine"
@@ -55,6 +59,9 @@ class RetrieverTask:
     def __init__(self, settings: TrainRetriever):
         self.settings, self.preset = settings, preset(settings.model)
         self.layers, names = lora_layers.layers(self.preset.flux), lora_names.names(self.preset)
+        self.way = settings.text if settings.text != "auto" else "tokens" if settings.model == "demo" else "pooled"
+        if settings.kind == "reference" and self.way == "tokens":
+            self.way = "pooled"
         self.members = pool(settings.pool)
         self.train = [i for i, one in enumerate(self.members) if not one.held_out and not kept_apart(one)]
         self.validation = [i for i, one in enumerate(self.members) if not one.held_out and kept_apart(one)]
@@ -63,13 +70,17 @@ class RetrieverTask:
             raise UserError(f"{settings.pool} has {len(self.train)} LoRAs to train on, {len(self.validation)} to validate "
                             f"and {len(self.test)} held out; expected at least 2 of each; add LoRAs")
         self.loras = [changes(io.read(one.file, names)[0]["flux"], self.layers) for one in self.members]
-        words = Words(self.preset, settings.weights)
+        words = Words(self.preset, settings.weights, self.way)
         self.text = [words(list(one.captions.values())) for one in self.members]  # each (captions, width)
+        self.more = [words(more_captions(one, settings.prompts)) for one in self.members]
         torch.manual_seed(draws.seed_of(settings.seed, "retriever"))
         width = self.preset.clip.hidden_size
         small = self.preset.name == "demo"
         if settings.kind == "ours":
             self.model = Retriever(Encoder(self.layers, DEMO_SIZES if small else Sizes(out=width)), width)
+            if settings.warm:
+                self.model.encoder = encoder.load(settings.warm, self.layers)[0].requires_grad_(False)
+            self.model.standardise(torch.cat([torch.cat((self.text[i], self.more[i])) for i in self.train]))
         else:
             self.model = ReferenceRetriever(Reference(self.layers, replace(
                 encoder.REFERENCE, width=width, **({"heads": 3, "head_dim": 32, "hidden": 4 * width} if small else {}))))
@@ -87,7 +98,8 @@ class RetrieverTask:
         ours = self.settings.kind == "ours"
         loras = [augmented(self.loras[i], g) if ours else self.loras[i] for i in some]
         each = self.settings.captions if ours else 1
-        text = torch.cat([self.text[i][torch.randint(len(self.text[i]), (each,), generator=g)] for i in some])
+        known = [torch.cat((self.text[i], self.more[i])) for i in some]
+        text = torch.cat([own[torch.randint(len(own), (each,), generator=g)] for own in known])
         return loras, text, torch.arange(len(some)).repeat_interleave(each), g if ours else None
 
     def loss(self, batch) -> Tensor:
@@ -105,7 +117,8 @@ class RetrieverTask:
         """The encoder, calibrated on the validation LoRAs among those that it was trained on; and its figures, printed."""
         found = self.calibrated()
         head = {name: tensor for name, tensor in self.model.state_dict().items() if not name.startswith("encoder.")}
-        about = {"model": self.preset.name, "calibration": found and vars(found), "config": str(self.settings)}
+        about = {"model": self.preset.name, "text": self.way, "calibration": found and vars(found),
+                 "config": str(self.settings)}
         encoder.save(folder / "final.safetensors", self.model.encoder, head, about)
         figures = {**self.figures("held out, among them", self.test, self.test),
                    **self.figures("held out, among all", list(range(len(self.members))), self.test)}
@@ -151,6 +164,12 @@ class RetrieverTask:
         out = {f"recall@{k}": contrast.recall(similarity, right, k) for k in (1, 5, 10)}
         return {name: out | {"loras": len(among), "mrr": (1 / places).mean().item(), "mean rank": places.mean().item(),
                              "ndcg@10": contrast.ndcg(similarity, right)}}
+
+
+def more_captions(member: Member, count: int) -> list[str]:
+    """Of a LoRA of the demo's pool: its description in other words, and captions of pictures of its kind."""
+    entry = entry_of(member.about)
+    return [] if entry is None or not count else [*entry.described(2 * count, "seen"), *entry.prompts(count, "seen")]
 
 
 def kept_apart(member: Member) -> bool:

@@ -62,6 +62,13 @@ class Retriever(nn.Module):
         self.head = nn.Linear(text_width, encoder.sizes.out)
         self.log_scale = nn.Parameter(torch.tensor(FIRST_SCALE))
 
+    @torch.no_grad()
+    def standardise(self, text: Tensor) -> None:
+        """Fold the mean and deviation of features (n, text_width) into the head, so that learning begins with neither."""
+        size = text.std(dim=0) + 1e-3 * text.std()
+        self.head.weight /= size
+        self.head.bias -= self.head.weight @ text.mean(dim=0)
+
     def loss(self, loras: Sequence[Changes], text: Tensor, owner: Tensor, noise: torch.Generator | None = None) -> Tensor:
         """owner (t,): the row of `loras` that each caption tells of. As many LoRAs and captions in every process."""
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
