@@ -1,7 +1,7 @@
 """--fuse: the rule by which the LoRAs of --lora are weighed (`lora/fuse.py`), and the files that learned gates need.
 
 Gates want to know what each LoRA is: they were trained with the vectors of an encoder of LoRAs (`flux/lora_search.py`),
-whose file lies beside theirs as retriever.safetensors.
+whose file lies beside theirs: X.encoder.safetensors for X.safetensors, or else retriever.safetensors.
 """
 
 from collections.abc import Mapping
@@ -90,12 +90,18 @@ def opened(file: Path, model: Preset, given: list[Given]) -> tuple[Gates, Mappin
     learned, about = gates.load(file, layers, {layer.name: lora_layers.in_diffsynth(layer).name for layer in layers})
     if not learned.options.embedding:
         return learned, None
-    encoder = file.with_name(ENCODER)
-    if not encoder.is_file() or checkpoint.fingerprint(encoder) != about.get("encoder"):
-        raise UserError(f"{checkpoint.shown(encoder)} is not the encoder of LoRAs by whose vectors {file.name} was trained; "
-                        f"expected the one with the fingerprint {about.get('encoder')}; put it there")
-    searcher = Searcher(encoder)
+    searcher = Searcher(encoder_of(file, about))
     return learned, {lora.name: searcher.embed(lora.path)[0] for lora in given}
+
+
+def encoder_of(file: Path, about: Mapping) -> Path:
+    """The encoder by whose vectors the gates in a file were trained."""
+    places = [file.with_name(f"{file.stem}.encoder.safetensors"), file.with_name(ENCODER)]
+    for place in places:
+        if place.is_file() and checkpoint.fingerprint(place) == about.get("encoder"):
+            return place
+    raise UserError(f"{checkpoint.shown(file)} was trained by vectors of an encoder of LoRAs that is not beside it; "
+                    f"expected the one with the fingerprint {about.get('encoder')}; put it there as {places[0].name}")
 
 
 def few(times: list[float]) -> list[float]:

@@ -80,6 +80,8 @@ class RetrieverTask:
             self.model = Retriever(Encoder(self.layers, DEMO_SIZES if small else Sizes(out=width)), width)
             if settings.warm:
                 self.model.encoder = encoder.load(settings.warm, self.layers)[0].requires_grad_(False)
+                with torch.no_grad():
+                    self.vectors = self.model.encoder(self.loras)
             self.model.standardise(torch.cat([torch.cat((self.text[i], self.more[i])) for i in self.train]))
         else:
             self.model = ReferenceRetriever(Reference(self.layers, replace(
@@ -96,19 +98,23 @@ class RetrieverTask:
         share = torch.tensor([1 / kinds.count(kind) for kind in kinds]).double().numpy()
         some = rng.choice(self.train, min(self.settings.batch, len(self.train)), replace=False, p=share / share.sum())
         ours = self.settings.kind == "ours"
-        loras = [augmented(self.loras[i], g) if ours else self.loras[i] for i in some]
+        loras = some if self.settings.warm else [augmented(self.loras[i], g) if ours else self.loras[i] for i in some]
         each = self.settings.captions if ours else 1
         known = [torch.cat((self.text[i], self.more[i])) for i in some]
         text = torch.cat([own[torch.randint(len(own), (each,), generator=g)] for own in known])
         return loras, text, torch.arange(len(some)).repeat_interleave(each), g if ours else None
 
     def loss(self, batch) -> Tensor:
-        return self.model.loss(*batch)
+        if not self.settings.warm:
+            return self.model.loss(*batch)
+        some, text, owner, _ = batch
+        return contrast.soft_loss(self.vectors[some], self.model.head(text), owner, self.model.scale)
 
     def held_out(self) -> list:
         """Validation LoRAs with their first captions."""
         some = self.validation
-        return [([self.loras[i] for i in some], torch.cat([self.text[i][:1] for i in some]), torch.arange(len(some)), None)]
+        loras = some if self.settings.warm else [self.loras[i] for i in some]
+        return [(loras, torch.cat([self.text[i][:1] for i in some]), torch.arange(len(some)), None)]
 
     def preview(self) -> None:
         return None

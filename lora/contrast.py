@@ -73,7 +73,12 @@ class Retriever(nn.Module):
         """owner (t,): the row of `loras` that each caption tells of. As many LoRAs and captions in every process."""
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         vectors, texts = gathered(self.encoder(loras, noise)), gathered(self.head(text))
-        return soft_loss(vectors, texts, gathered(owner + rank * len(loras)), self.log_scale.clamp(max=LARGEST_SCALE).exp())
+        return soft_loss(vectors, texts, gathered(owner + rank * len(loras)), self.scale)
+
+    @property
+    def scale(self) -> Tensor:
+        """Of the logits."""
+        return self.log_scale.clamp(max=LARGEST_SCALE).exp()
 
 
 class ReferenceRetriever(nn.Module):

@@ -311,6 +311,13 @@ class Gated(Fusion):
     def watches(self) -> bool:
         return self.watched or self.rows is not None or self.entropy is not None
 
+    def define(self) -> None:
+        """Compute the gates as their equation says, with every l_i stored: to measure what that costs."""
+        for layer in self.shared:
+            wrapper = self.loras.model.get_submodule(layer)
+            if isinstance(wrapper.plan, Apart):
+                wrapper.plan.stack = None
+
     def note(self, layer: str, names: Sequence[str], gate: Gate, opened: Tensor) -> None:
         """opened (N, B, ..., out): G_i."""
         passing = gate.k0 + gate.k1 * opened

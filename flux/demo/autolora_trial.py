@@ -29,7 +29,7 @@ from lora.fuse import RULES
 class Evaluate:
     """Retrieval by captions that training never saw, and fusion on pairs that no gate was trained on."""
 
-    part: Literal["all", "retrieval", "fusion"] = "all"
+    part: Literal["all", "retrieval", "fusion", "cost"] = "all"
     pool: Path = weights.DEMO / "pool"  # folder of LoRAs with index.json
     encoder: Path = weights.DEMO / fusion.ENCODER  # of LoRAs, for retrieval
     gates: Path = fusion.SHIPPED  # for fusion; the encoder beside them tells them what a LoRA is
@@ -52,10 +52,9 @@ class Evaluate:
         if self.threads:
             torch.set_num_threads(self.threads)
         self.out.mkdir(parents=True, exist_ok=True)
-        if self.part != "fusion":
-            self.retrieval()
-        if self.part != "retrieval":
-            self.fusion()
+        for part in ("retrieval", "fusion", "cost"):
+            if self.part in ("all", part):
+                getattr(self, part)()
 
     # --- retrieval ---
 
@@ -140,6 +139,26 @@ class Evaluate:
         same = [np.array_equal(np.asarray(a), np.asarray(b)) for case in some
                 for a, b in zip(*(studio.draw(fusion_trial.only(case, 0), rule) for rule in ("gates", "sum")), strict=True)]
         print(f"1 LoRA: {sum(same)} of {len(same)} pictures are the same under gates, bit for bit")
+
+
+    # --- cost ---
+
+    @torch.inference_mode()
+    def cost(self) -> None:
+        """Processor time of a step under gates, beside the same LoRAs plainly added, and merged into the weights."""
+        studio, rounds = Studio(2, learned=self.gates), 7
+        print("| LoRAs, 4 pictures | merged | added | gates | gates by the definition | the last three over merged |",
+              "|---" * 6 + "|", sep="\n")
+        for number in (1, 2, 3, 5):
+            case = cases(self.pool, 1, 4, max(0, number - 2), self.seed)[0]
+            case = fusion_trial.only(case, 0) if number == 1 else case
+            spent = {way: [] for way in ("merged", "added", "gates", "definition")}
+            for _ in range(rounds):
+                for way, times in spent.items():
+                    times.append(studio.seconds(case, way))
+            found = {way: float(np.median(times)) for way, times in spent.items()}
+            ratios = " / ".join(f"{found[way] / found['merged']:.2f}" for way in ("added", "gates", "definition"))
+            print(f"| {number} | " + " | ".join(f"{1e3 * x:.0f} ms" for x in found.values()) + f" | {ratios} |", flush=True)
 
 
 def scores(similarity: Tensor, right: Tensor) -> dict[str, float]:

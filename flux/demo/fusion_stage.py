@@ -138,7 +138,8 @@ class FusionTask:
                        tuple(scene_of(contrast, rng) for _ in range(self.settings.batch)), len(meant))
 
     def batch(self, step: int, micro: int):
-        """The example, latents (B, L, 64), noise, times, and the conditions of its captions and of the distractor's."""
+        """The example, latents (B, L, 64), noise, times, and the conditions of its captions and, every few steps, of the
+        distractor's."""
         example = self.example(step, micro)
         rng, g = (make(self.settings.seed, "fusion", step, micro) for make in (draws.rng, draws.generator))
         pixels = np.stack([world.render(scene)[0] for scene in example.scenes])
@@ -147,9 +148,10 @@ class FusionTask:
             x0 = latents.pack(self.autoencoder.encode(image))
         eps = torch.randn(x0.shape, generator=g)
         t = flow.draw_sampled_t(len(x0), g, flow.mu(x0.shape[1]))
-        words = [[world.sample_caption(scene, rng, full=True).text for scene in scenes]
-                 for scenes in (example.scenes, example.others)]
-        return example, x0, eps, t, *(self.condition(each) for each in words), step % self.settings.extra_every == 0
+        own, other = ([world.sample_caption(scene, rng, full=True).text for scene in scenes]
+                      for scenes in (example.scenes, example.others))
+        extra = step % self.settings.extra_every == self.settings.extra_every - 1
+        return example, x0, eps, t, self.condition(own), self.condition(other) if extra else None
 
     def condition(self, words: list[str]) -> Condition:
         txt, vec = self.encoders(words)
@@ -157,10 +159,10 @@ class FusionTask:
 
     def loss(self, batch) -> Tensor:
         """Flow matching (B,) under the gates, and every few steps what else there is."""
-        example, x0, eps, t, own, other, extra = batch
+        example, x0, eps, t, own, other = batch
         self.put(example.members)
         fusing = Gated(self.loras, self.gates, self.known)
-        if extra and self.settings.entropy:
+        if other and self.settings.entropy:
             fusing.entropy = []
         x, target = flow.interpolate(x0, eps, t), eps - x0
 
@@ -171,7 +173,7 @@ class FusionTask:
             return (v - target).square().flatten(1).mean(1)
         v = velocity(own)
         losses = fitting = error(v)
-        if not extra:
+        if other is None:
             return losses
         if fusing.entropy:
             losses = losses + self.settings.entropy * torch.stack(fusing.entropy).mean()
@@ -215,7 +217,7 @@ class FusionTask:
         about = {"model": self.preset.name, "config": str(self.settings)}
         if self.known is not None:
             about["encoder"] = checkpoint.fingerprint(checkpoint.locate(self.settings.encoder))
-            shutil.copyfile(self.settings.encoder, folder / ENCODER)
+            shutil.copyfile(self.settings.encoder, folder / "final.encoder.safetensors")
         gates.save(folder / "final.safetensors", self.gates, about)
         print(f"draw with them: python sample.py --lora ONE --lora OTHER --fuse gates:{folder / 'final.safetensors'} ...")
 

@@ -1,6 +1,7 @@
 """Do several LoRAs work together? Pictures of a style and an object that no gate was trained on together, under every rule
 of `lora/fuse.py`, judged by the reader."""
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -70,8 +71,10 @@ class Studio:
         self.network = weights.load_flux(found, DEMO.flux, torch.float32).eval()
         self.loras, self.names = Loras(self.network), lora_names.names(DEMO)
         layers = lora_layers.layers(DEMO.flux)
-        self.gates, _ = gates.load(learned, layers, {layer.name: lora_layers.in_diffsynth(layer).name for layer in layers})
-        self.searcher = Searcher(learned.with_name(fusion.ENCODER)) if self.gates.options.embedding else None
+        called = {layer.name: lora_layers.in_diffsynth(layer).name for layer in layers}
+        self.gates, about = gates.load(learned, layers, called)
+        knows = self.gates.options.embedding
+        self.searcher = Searcher(fusion.encoder_of(learned, about)) if knows else None
         self.known: dict[str, Tensor] = {}
 
     def put(self, members: Sequence[Member], strengths: Sequence[float]) -> None:
@@ -98,6 +101,26 @@ class Studio:
         fusing.look(lambda: flow.euler(velocity, img, fusion.few(times)))
         img = flow.euler(velocity, img, times)
         return pictures.to_pil(self.autoencoder.decode(latents.unpack(img, DEMO.height, DEMO.width)))
+
+
+    def seconds(self, case: Case, way: str) -> float:
+        """Processor time of one step: merged, added, gates, definition (the gates as their equation says)."""
+        self.put(case.members, [1.0] * len(case.members))
+        fusing = fuse.put("sum" if way in ("merged", "added") else "gates", self.loras, 0, self.gates, self.known or None)
+        if way == "merged":
+            self.loras.merge()
+        if way == "definition":
+            fusing.define()
+        txt, vec = self.encoders([caption.text for caption in case.captions])
+        cond = conditioning.condition(txt, vec, DEMO.width, DEMO.height, self.guidance)
+        img, t = torch.randn(len(txt), 64, 64), torch.full((len(txt),), 0.5)
+        velocity = fusing.velocity(conditioning.velocity(self.network, cond), [1.0, 0.5, 0.0])
+        velocity(img, t)
+        started = time.process_time()
+        velocity(img, t)
+        spent = time.process_time() - started
+        self.loras.unmerge()
+        return spent
 
 
 def only(case: Case, at: int) -> Case:
