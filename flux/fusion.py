@@ -80,7 +80,7 @@ def read(settings: Conditioned) -> Way:
                             "leave the other out")
     path = None if not learned else Path(file) if file else SHIPPED
     if path is not None:
-        checkpoint.locate(path)
+        checkpoint.read_header(checkpoint.locate(path))
     return Way(rule, path, settings.gate_report)
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from flux import draws, lora_layers, lora_names, weights
 from flux.config import preset
-from flux.demo.pool import entry_of
+from flux.demo.pool import Entry, entry_of
 from flux.errors import UserError
 from flux.lora_search import Member, Words, pool
 from flux.settings import Training
@@ -63,6 +63,7 @@ class RetrieverTask:
         if settings.kind == "reference" and self.way == "tokens":
             self.way = "pooled"
         self.members = pool(settings.pool)
+        self.demo = all(entry_of(one.about) for one in self.members)  # for whose LoRAs the demo can write captions
         self.train = [i for i, one in enumerate(self.members) if not one.held_out and not kept_apart(one)]
         self.validation = [i for i, one in enumerate(self.members) if not one.held_out and kept_apart(one)]
         self.test = [i for i, one in enumerate(self.members) if one.held_out]
@@ -70,8 +71,10 @@ class RetrieverTask:
             raise UserError(f"{settings.pool} has {len(self.train)} LoRAs to train on, {len(self.validation)} to validate "
                             f"and {len(self.test)} held out; expected at least 2 of each; add LoRAs")
         self.loras = [changes(io.read(one.file, names)[0]["flux"], self.layers) for one in self.members]
-        words = Words(self.preset, settings.weights, self.way)
+        self.words = words = Words(self.preset, settings.weights, self.way)
         self.text = [words(list(one.captions.values())) for one in self.members]  # each (captions, width)
+        plain = Entry("", "", "").prompts(16 * settings.prompts, "plain") if self.demo else []  # that ask for no LoRA
+        self.plain = words(plain)
         self.more = [words(more_captions(one, settings.prompts)) for one in self.members]
         torch.manual_seed(draws.seed_of(settings.seed, "retriever"))
         width = self.preset.clip.hidden_size
@@ -102,7 +105,11 @@ class RetrieverTask:
         each = self.settings.captions if ours else 1
         known = [torch.cat((self.text[i], self.more[i])) for i in some]
         text = torch.cat([own[torch.randint(len(own), (each,), generator=g)] for own in known])
-        return loras, text, torch.arange(len(some)).repeat_interleave(each), g if ours else None
+        owner = torch.arange(len(some)).repeat_interleave(each)
+        if ours and len(self.plain):
+            few = torch.randint(len(self.plain), (len(some),), generator=g)
+            text, owner = torch.cat((text, self.plain[few])), torch.cat((owner, torch.full((len(few),), -1)))
+        return loras, text, owner, g if ours else None
 
     def loss(self, batch) -> Tensor:
         if not self.settings.warm:
@@ -142,10 +149,12 @@ class RetrieverTask:
 
     def calibrated(self) -> Calibration | None:
         """What first answers to captions of validation LoRAs are worth; None, and a word, where that cannot be told."""
-        similarity, right = self.answers(self.train + self.validation, self.validation)
+        among, ours = self.train + self.validation, self.settings.kind == "ours" and self.settings.prompts > 0
+        more = ours and self.demo  # then there are captions that were not learned of LoRAs that were
+        similarity, right = self.answers(among, among if more else self.validation, more)
         best, first = similarity.max(dim=1)
         sure = right.gather(1, first[:, None])[:, 0]
-        print(f"validation: {int(sure.sum())} of {len(sure)} captions find their LoRA first among {similarity.shape[1]}")
+        print(f"validation: {int(sure.sum())} of {len(sure)} captions first find one that fits, among {similarity.shape[1]}")
         try:
             found = retrieval.calibrate(best, sure, self.settings.precision)
         except UserError as error:
@@ -156,13 +165,31 @@ class RetrieverTask:
         return found
 
     @torch.no_grad()
-    def answers(self, among: list[int], asked: list[int]) -> tuple[Tensor, Tensor]:
-        """Similarities (t, n) of all captions of LoRAs `asked` to LoRAs `among`, and which are right."""
+    def answers(self, among: list[int], asked: list[int], more: bool = False) -> tuple[Tensor, Tensor]:
+        """Similarities (t, n) of all captions of LoRAs `asked` to LoRAs `among`, and which are right.
+
+        more: of captions that the demo can write and nobody learned, with as many that ask for no LoRA; then right is every
+        LoRA that teaches nothing but what is asked for.
+        """
         vectors = self.model.encoder([self.loras[i] for i in among])
         text = torch.cat([self.text[i] for i in asked])
+        if more:
+            return self.fitting(vectors, among, asked)
         text = self.model.head(text) if hasattr(self.model, "head") else text
         owner = torch.tensor([i for i in asked for _ in self.text[i]])
         return F.normalize(text, dim=1) @ F.normalize(vectors, dim=1).T, owner[:, None] == torch.tensor(among)
+
+    def fitting(self, vectors: Tensor, among: list[int], asked: list[int]) -> tuple[Tensor, Tensor]:
+        """`answers` with `more`."""
+        entries = {i: entry_of(self.members[i].about) for i in {*among, *asked}}
+        said = [(entries[i], caption) for i in asked
+                for caption in (*entries[i].unseen, *entries[i].prompts(4, "validation"))]
+        plain = Entry("", "", "")
+        said += [(plain, caption) for caption in plain.prompts(len(said), "validation")]
+        text = self.words([caption for _, caption in said]).clone()
+        right = torch.tensor([[has.style in ("", entry.style) and has.shape in ("", entry.shape)
+                               for has in (entries[i] for i in among)] for entry, _ in said])
+        return F.normalize(self.model.head(text), dim=1) @ F.normalize(vectors, dim=1).T, right
 
     def figures(self, name: str, among: list[int], asked: list[int]) -> dict[str, dict]:
         similarity, right = self.answers(among, asked)

@@ -27,7 +27,7 @@ def reference_loss(lora: Tensor, text: Tensor) -> Tensor:
 
 
 def soft_loss(lora: Tensor, text: Tensor, owner: Tensor, scale: Tensor | float) -> Tensor:
-    """LoRAs (n, d), captions (t, d), the LoRA (t,) that each caption tells of -> a scalar.
+    """LoRAs (n, d), captions (t, d), the LoRA (t,) that each caption tells of, -1 for none -> a scalar.
 
     For caption j: -log softmax over LoRAs of scale * S_ji, its mean over the right i; the same for LoRA i over captions;
     and the mean of both means.
@@ -35,7 +35,7 @@ def soft_loss(lora: Tensor, text: Tensor, owner: Tensor, scale: Tensor | float) 
     S = scale * F.normalize(text, dim=1) @ F.normalize(lora, dim=1).T                 # (t, n)
     right = (owner[:, None] == torch.arange(len(lora), device=owner.device)).to(S)
     told = right.sum(dim=0) > 0  # LoRAs without a caption here are wrong answers only
-    by_text = -(right * S.log_softmax(dim=1)).sum(dim=1)
+    by_text = -(right * S.log_softmax(dim=1)).sum(dim=1)[right.any(dim=1)]
     by_lora = -(right * S.log_softmax(dim=0)).sum(dim=0)[told] / right.sum(dim=0)[told]
     return (by_text.mean() + by_lora.mean()) / 2
 
@@ -73,7 +73,7 @@ class Retriever(nn.Module):
         """owner (t,): the row of `loras` that each caption tells of. As many LoRAs and captions in every process."""
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         vectors, texts = gathered(self.encoder(loras, noise)), gathered(self.head(text))
-        return soft_loss(vectors, texts, gathered(owner + rank * len(loras)), self.scale)
+        return soft_loss(vectors, texts, gathered(torch.where(owner < 0, owner, owner + rank * len(loras))), self.scale)
 
     @property
     def scale(self) -> Tensor:

@@ -322,7 +322,8 @@ class Gated(Fusion):
         """opened (N, B, ..., out): G_i."""
         passing = gate.k0 + gate.k1 * opened
         if self.entropy is not None:
-            self.entropy.append(torch.special.entr(opened).add(torch.special.entr(1 - opened)).mean())
+            inside = opened.clamp(1e-5, 1 - 1e-5)  # at its ends the entropy has no gradient
+            self.entropy.append(torch.special.entr(inside).add(torch.special.entr(1 - inside)).mean())
         if self.watched:
             for name, share in zip(names, passing.flatten(1).mean(1).tolist(), strict=True):
                 self.seen.append((self.at, layer, name, share))

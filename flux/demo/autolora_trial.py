@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +15,7 @@ from tqdm import tqdm
 from flux import checkpoint, fusion, lora_names, lora_search, pictures, weights
 from flux.config import DEMO
 from flux.demo import fusion_trial
-from flux.demo.fusion_trial import Studio, cases, table, trial
+from flux.demo.fusion_trial import Case, Studio, cases, table, trial
 from flux.demo.pool import Entry, entry_of
 from flux.errors import UserError
 from flux.lora_search import Member, Searcher
@@ -111,8 +111,8 @@ class Evaluate:
     # --- fusion ---
 
     def fusion(self) -> None:
-        studio = Studio(self.steps, learned=self.gates)
-        figures = {}
+        studio, mark = Studio(self.steps, learned=self.gates), checkpoint.fingerprint(self.gates)
+        kept = self.kept()
         for number in self.numbers or (1, 2, 3, 4, 5):
             if number == 1:
                 self.alone(studio)
@@ -122,16 +122,36 @@ class Evaluate:
             if number == 2:
                 rules += ["object alone", "style alone"]
                 rules += [f"gates without {term}" for term in fusion_trial.TERMS] if self.ablate else []
-            with tqdm(total=len(rules), desc=f"{number} LoRAs", disable=None) as bar:
-                results, drawn = trial(studio, some, rules, lambda name: bar.update())  # noqa: B023  used in this turn
+            results = {}
+            for rule in tqdm(rules, desc=f"{number} LoRAs", disable=None):
+                name = f"{rule}, {number} LoRAs" + (f", gates {mark}" if rule.startswith(("gates", "static")) else "")
+                if name not in kept:
+                    kept[name] = trial(studio, some, rule).tolist()
+                    write(self.out / "fusion.json", {"settings": self.settings, "rows": kept})
+                results[rule] = np.array(kept[name])
             print(*table(f"{number} LoRAs, {self.count * self.each} pictures", results), sep="\n", flush=True)
-            figures[number] = {name: found.tolist() for name, found in results.items()}
-            shown = [name for name in ("object alone", "style alone", "sum", "gates") if name in drawn]
-            pils = [drawn[name][k] for k in range(0, min(len(drawn[shown[0]]), 10 * self.each), self.each) for name in shown]
-            pictures.write_png(self.out / f"fusion_{number}.png", pictures.contact_sheet(pils, len(shown), shown * (
-                len(pils) // len(shown))), None)
-            write(self.out / "fusion.json", figures)
-        print(f"figures and sheets are in {self.out}; gates {checkpoint.fingerprint(self.gates)}")
+            self.show(studio, some[:8], number)
+        print(f"figures and sheets are in {self.out}; gates {mark}")
+
+    @property
+    def settings(self) -> dict:
+        """What all rows of the figures have in common."""
+        return {"count": self.count, "each": self.each, "steps": self.steps, "seed": self.seed, "pool": str(self.pool)}
+
+    def kept(self) -> dict[str, list]:
+        """Rows of an earlier run with the same settings."""
+        try:
+            found = json.loads((self.out / "fusion.json").read_text())
+        except (OSError, ValueError):
+            return {}
+        return found["rows"] if found.get("settings") == self.settings else {}
+
+    def show(self, studio: Studio, some: Sequence[Case], number: int) -> None:
+        """A picture of each set in a row: either LoRA alone, the sum, and the gates."""
+        ways = ["object alone", "style alone", "sum", "gates"]
+        pils = [studio.pictures(replace(case, captions=case.captions[:1]), way)[0] for case in some for way in ways]
+        captions = [f"{way}: {case.captions[0].text}" for case in some for way in ways]
+        pictures.write_png(self.out / f"fusion_{number}.png", pictures.contact_sheet(pils, len(ways), captions), None)
 
     def alone(self, studio: Studio) -> None:
         """With one LoRA every picture must be the same under gates as without."""

@@ -31,7 +31,7 @@ from lora.gates import Gates, Options
 from lora.inject import Loras
 from lora.layers import Plan, plan
 
-COUNTS = {2: 0.4, 3: 0.33, 4: 0.16, 5: 0.11}  # how often so many LoRAs are there; one alone is not gated
+COUNTS = {2: 0.6, 3: 0.25, 4: 0.1, 5: 0.05}  # how often so many LoRAs are there; one alone is not gated
 
 
 @dataclass(frozen=True)
@@ -49,6 +49,7 @@ class TrainFusion(Training):
     time: bool = True           # and how far the picture is
     slices: bool = True         # norms over slices such as q, k, v, not whole rows
     composed: float = 0.6       # share of steps whose pictures show a style and an object
+    away: float = 1.0           # how far from the bare model's velocity the target lies: 1 at the picture's, 2 twice as far
     teacher: float = 0.0        # weight of the distance to the best of: the sum / sqrt(N), either LoRA alone
     hinge: float = 0.1          # weight of: a picture must fit its own caption better than a distractor's
     entropy: float = 0.01       # weight of the gates' entropy
@@ -161,16 +162,19 @@ class FusionTask:
         """Flow matching (B,) under the gates, and every few steps what else there is."""
         example, x0, eps, t, own, other = batch
         self.put(example.members)
-        fusing = Gated(self.loras, self.gates, self.known)
-        if other and self.settings.entropy:
-            fusing.entropy = []
         x, target = flow.interpolate(x0, eps, t), eps - x0
-
-        def velocity(cond: Condition) -> Tensor:
-            return fusing.velocity(conditioning.velocity(self.network, cond))(x, t)
+        teach = self.settings.teacher if other and example.meant > 1 else 0.0
+        bare, *plain = self.plain(example, x, t, own, bool(teach)) if other or self.settings.away != 1 else [target]
+        target = bare + self.settings.away * (target - bare)
+        fusing = Gated(self.loras, self.gates, self.known)
 
         def error(v: Tensor) -> Tensor:
             return (v - target).square().flatten(1).mean(1)
+
+        def velocity(cond: Condition) -> Tensor:
+            return fusing.velocity(conditioning.velocity(self.network, cond))(x, t)
+        if other and self.settings.entropy:
+            fusing.entropy = []
         v = velocity(own)
         losses = fitting = error(v)
         if other is None:
@@ -178,23 +182,21 @@ class FusionTask:
         if fusing.entropy:
             losses = losses + self.settings.entropy * torch.stack(fusing.entropy).mean()
             fusing.entropy = None
-        away = error(velocity(other)) if self.settings.hinge else None
-        plain = self.plain(example, x, t, own)
-        if away is not None:
-            losses = losses + self.settings.hinge * (0.1 * error(plain[0]) - (away - fitting)).clamp(min=0)
-        if self.settings.teacher and example.meant > 1:
-            best = torch.stack([error(each) for each in plain[1:]]).argmin(0)
-            taught = torch.stack(plain[1:])[best, torch.arange(len(best))]
-            losses = losses + self.settings.teacher * (v - taught).square().flatten(1).mean(1)
+        if self.settings.hinge:
+            losses = losses + self.settings.hinge * (0.1 * error(bare) - (error(velocity(other)) - fitting)).clamp(min=0)
+        if teach:
+            best = torch.stack([error(each) for each in plain]).argmin(0)
+            wanted = torch.stack(plain)[best, torch.arange(len(best))]
+            losses = losses + teach * (v - wanted).square().flatten(1).mean(1)
         return losses
 
     @torch.no_grad()
-    def plain(self, example: Example, x: Tensor, t: Tensor, cond: Condition) -> list[Tensor]:
+    def plain(self, example: Example, x: Tensor, t: Tensor, cond: Condition, teach: bool) -> list[Tensor]:
         """Velocities of the bare model, and for the teacher of the sum / sqrt(N) and of each LoRA alone."""
         found, layers = [], self.loras.layers
         count = len(example.members)
         ways = [[0.0] * count]
-        if self.settings.teacher and example.meant > 1:
+        if teach:
             ways += [[count ** -0.5] * count, *([float(i == j) for j in range(count)] for i in range(count))]
         for strengths in ways:
             scale = dict(zip(self.loras.on, strengths, strict=True))

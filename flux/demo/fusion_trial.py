@@ -2,7 +2,7 @@
 of `lora/fuse.py`, judged by the reader."""
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -103,6 +103,14 @@ class Studio:
         return pictures.to_pil(self.autoencoder.decode(latents.unpack(img, DEMO.height, DEMO.width)))
 
 
+    def pictures(self, case: Case, way: str) -> list[Image.Image]:
+        """Under a rule; or `object alone`, `style alone`, or `gates without TERM`."""
+        if way.endswith(" alone"):
+            return self.draw(only(case, ("object", "style").index(way.split()[0])), "sum")
+        if way.startswith("gates without "):
+            return self.draw(case, "gates", without(self.gates, way.split()[-1]))
+        return self.draw(case, way)
+
     def seconds(self, case: Case, way: str) -> float:
         """Processor time of one step: merged, added, gates, definition (the gates as their equation says)."""
         self.put(case.members, [1.0] * len(case.members))
@@ -141,7 +149,7 @@ def without(learned: Gates, term: str) -> Gates:
     made.load_state_dict(learned.state_dict())
     with torch.no_grad():
         for name, parameter in made.named_parameters():
-            if term == name.split(".")[2] or (term == "member" and name.startswith("member_in")):
+            if name.split(".")[2:3] == [term]:
                 parameter.fill_(-1e9 if term == "mix" else 0)
     return made.eval().requires_grad_(False)
 
@@ -171,22 +179,6 @@ def table(title: str, results: Results) -> list[str]:
     return lines
 
 
-def trial(studio: Studio, some: Sequence[Case], rules: Sequence[str],
-          each: Callable[[str], None] = lambda name: None) -> tuple[dict[str, np.ndarray], dict[str, list[Image.Image]]]:
-    """Every rule, and `NAME alone`, `gates without TERM`, on the same cases with the same noise; also the pictures."""
-    results, drawn = {}, {}
-    for name in rules:
-        rows, drawn[name] = [], []
-        for case in some:
-            if name.endswith(" alone"):
-                at = ("object", "style").index(name.split()[0])
-                pils = studio.draw(only(case, at), "sum")
-            elif name.startswith("gates without "):
-                pils = studio.draw(case, "gates", without(studio.gates, name.split()[-1]))
-            else:
-                pils = studio.draw(case, name)
-            rows.append(judged(pils, case))
-            drawn[name] += pils
-        results[name] = np.array(rows, dtype=float)
-        each(name)
-    return results, drawn
+def trial(studio: Studio, some: Sequence[Case], way: str) -> np.ndarray:
+    """(cases, pictures, 3) of `judged`."""
+    return np.array([judged(studio.pictures(case, way), case) for case in some], dtype=float)

@@ -82,7 +82,8 @@ class Entry:
     def prompts(self, count: int, *key: int | str) -> list[str]:
         """What pictures of its kind are captioned with: other attributes come and go, the palette is not named."""
         rng, shapes = draws.rng("prompts", self.name, *key), (self.shape,) if self.shape else world.SHAPES
-        return [world.sample_caption(world.sample_scene(rng, False, 1, shapes, self.style, PALETTES[self.palette]), rng).text
+        colours = PALETTES.get(self.palette, tuple(world.COLOURS))
+        return [world.sample_caption(world.sample_scene(rng, False, 1, shapes, self.style, colours), rng).text
                 for _ in range(count)]
 
     @property
