@@ -72,7 +72,8 @@ class Evaluate:
             right = torch.tensor([i for i, _ in said])[:, None] == torch.arange(len(members))
             return [caption for _, caption in said], right
         kinds = {"its own captions": lambda i: list(members[i].captions.values()),
-                 "other descriptions": lambda i: entries[i].unseen,
+                 "new descriptions of learned forms": lambda i: entries[i].described(3, "evaluate"),
+                 "of other forms": lambda i: entries[i].unseen,
                  "captions of pictures": lambda i: entries[i].prompts(4, "evaluate")}
         rows = {}
         for who, some in (("seen in training", seen), ("held out", unseen)):
@@ -166,7 +167,7 @@ class Evaluate:
     @torch.inference_mode()
     def cost(self) -> None:
         """Processor time of a step under gates, beside the same LoRAs plainly added, and merged into the weights."""
-        studio, rounds = Studio(2, learned=self.gates), 7
+        studio, rounds = Studio(2, learned=self.gates), 5
         print("| LoRAs, 4 pictures | merged | added | gates | gates by the definition | the last three over merged |",
               "|---" * 6 + "|", sep="\n")
         for number in (1, 2, 3, 5):
