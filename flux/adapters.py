@@ -50,12 +50,12 @@ def fitted(model: Preset, given: list[Given]) -> Preset:
     return replace(model, takes="mask" if widest == PRESETS["fill"].flux.in_channels else "control")
 
 
-def attach(given: list[Given], part: str, network: nn.Module) -> Loras:
-    """Those for one network, beside its weights."""
+def attach(given: list[Given], part: str, network: nn.Module, factor: float = 1.0) -> Loras:
+    """Those for one network, beside its weights, at their scales times a factor."""
     loras = Loras(network)
     for lora in given:
         if part in lora.parts:
-            loras.attach(lora.name, lora.parts[part], lora.scale, widen=part == "flux")
+            loras.attach(lora.name, lora.parts[part], factor * lora.scale, widen=part == "flux")
     return loras
 
 

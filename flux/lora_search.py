@@ -27,18 +27,29 @@ from lora.probes import Changes, changes
 
 
 class Words:
-    """Captions -> (n, 768): CLIP's pooled row, of a long caption the mean over its pieces."""
+    """Captions -> (n, 768): CLIP's pooled row, of a long caption the mean over its pieces; or, as `tokens`, the mean of its
+    tokens' embeddings, whose order and neighbours do not count: right for words that CLIP was never trained on."""
 
-    def __init__(self, model: Preset, folder: Path | None = None):
+    def __init__(self, model: Preset, folder: Path | None = None, way: str = "pooled"):
+        assert way in ("pooled", "tokens"), way
+        self.way = way
         found = weights.find(model, folder)
         weights.require(found, "clip", "tokenizer")
         self.tokenizer = ClipTokenizer(found["tokenizer"].path)
-        self.clip = weights.load_clip(found, model.clip, torch.float32).eval()
+        self.clip, self.width = weights.load_clip(found, model.clip, torch.float32).eval(), model.clip.hidden_size
 
     @torch.inference_mode()
     def __call__(self, captions: list[str]) -> Tensor:
-        return torch.stack([self.clip(self.tokenizer(self.pieces(caption), CLIP_LENGTH))[1].mean(dim=0)
+        if not captions:
+            return torch.zeros(0, self.width)
+        return torch.stack([self.bag(caption) if self.way == "tokens" else
+                            self.clip(self.tokenizer(self.pieces(caption), CLIP_LENGTH))[1].mean(dim=0)
                             for caption in captions])
+
+    def bag(self, caption: str) -> Tensor:
+        ids = self.tokenizer(self.pieces(caption), CLIP_LENGTH)
+        said = torch.cat([row[1:int((row == row.max()).nonzero()[0])] for row in ids])  # up to the end, its highest id
+        return self.clip.text_model.embeddings.token_embedding.weight[said].sum(dim=0) / max(1, len(said))
 
     def pieces(self, caption: str) -> list[str]:
         """A caption, what CLIP would cut off it, what it would cut off that, and so on."""
@@ -55,8 +66,8 @@ class Searcher:
         """folder: of the model's weights, for CLIP. DoRAs are taken without their base (`probes.py`)."""
         head = checkpoint.read_header(checkpoint.locate(path)).metadata.get("lora_encoder", "")
         try:
-            name = json.loads(head)["model"]
-            assert name in PRESETS
+            name, self.way = json.loads(head)["model"], json.loads(head).get("text", "pooled")
+            assert name in PRESETS and self.way in ("pooled", "tokens")
         except (ValueError, KeyError, TypeError, AssertionError) as error:
             raise checkpoint.refuse(path, "is no encoder of LoRAs", "one that train.py autolora retriever wrote",
                                     "name that one") from error
@@ -84,7 +95,7 @@ class Searcher:
     @torch.inference_mode()
     def read(self, prompt: str) -> Tensor:
         """A prompt -> (d,)."""
-        self.words = self.words or Words(self.preset, self.folder)
+        self.words = self.words or Words(self.preset, self.folder, self.way)
         text = self.words([prompt])
         return (text if self.head is None else self.head(text))[0]
 

@@ -102,6 +102,8 @@ class Conditioned(Sampling):
     cfg_scale: float | None = None  # of true classifier-free guidance, against --negative or no words; default: none
     cfg_start: float = 0.0  # share of the steps before true guidance begins
     cfg_end: float = 1.0  # share of the steps after which it ends
+    fuse: str = "sum"  # how several LoRAs are weighed, a rule of lora/fuse.py: sum, mean, sqrt, ..., gates or gates:FILE
+    gate_report: bool = False  # with --fuse gates: the mean gate of each LoRA by block and step, in the picture; slower
     region: tuple[str, ...] = ()  # prompt of a part, "x0,y0,x1,y1: a red circle" in shares; strength: "0,0,0.5,1 @ 3: ..."
     region_start: float = 0.0  # share of the steps before regions begin
     region_end: float = 1.0  # share of the steps after which they end

@@ -90,17 +90,26 @@ def eager(y: Tensor, deltas: Sequence[Tensor], gate: Gate | None, strengths: Seq
 
     offset: (B, N, slices). slices: their widths; one if not given. Stores everything N times over: not for use at size.
     """
-    strengths, slices = [1.0] * len(deltas) if strengths is None else strengths, slices or [y.shape[-1]]
+    strengths = [1.0] * len(deltas) if strengths is None else strengths
     if not deltas:
         return y
     if gate is None:
         return y + sum(s * delta for s, delta in zip(strengths, deltas, strict=True))
+    k0, k1 = gate.k0.to(y.dtype), gate.k1.to(y.dtype)
+    opened = opening(y, deltas, gate, offset, slices)
+    return y + sum(s * (k0 + k1 * g) * delta for s, g, delta in zip(strengths, opened, deltas, strict=True))
+
+
+def opening(y: Tensor, deltas: Sequence[Tensor], gate: Gate, offset: Tensor | None = None,
+            slices: Sequence[int] | None = None) -> Tensor:
+    """G_i of all LoRAs (N, B, ..., O), as `eager` has them."""
+    slices = slices or [y.shape[-1]]
 
     def norm(x: Tensor, gain: Tensor, shift: Tensor) -> Tensor:
         parts = zip(*(part.split(list(slices), dim=-1) for part in (x, gain, shift)), strict=True)
         return torch.cat([F.layer_norm(part, part.shape[-1:], *affine, EPS) for part, *affine in parts], dim=-1)
 
-    w_b, w_l, w_c, b, base_gain, base_shift, lora_gain, lora_shift, k0, k1 = (part.to(y.dtype) for part in gate[:10])
+    w_b, w_l, w_c, b, base_gain, base_shift, lora_gain, lora_shift = (part.to(y.dtype) for part in gate[:8])
     base, logits = norm(y, base_gain, base_shift), []
     for i, delta in enumerate(deltas):
         own = norm(delta, lora_gain, lora_shift)
@@ -108,8 +117,7 @@ def eager(y: Tensor, deltas: Sequence[Tensor], gate: Gate | None, strengths: Seq
         if offset is not None:
             each = torch.cat([offset[:, i, s, None].expand(-1, width) for s, width in enumerate(slices)], -1)  # (B, O)
             logits[-1] = logits[-1] + each.to(y.dtype).view(len(y), *[1] * (y.ndim - 2), -1)
-    gates = torch.stack(logits).softmax(0) if gate.compete else torch.stack(logits).sigmoid()
-    return y + sum(s * (k0 + k1 * g) * delta for s, g, delta in zip(strengths, gates, deltas, strict=True))
+    return torch.stack(logits).softmax(0) if gate.compete else torch.stack(logits).sigmoid()
 
 
 # The torch ops: what torch.compile, checkpointing and meta tensors see.

@@ -27,7 +27,7 @@ def reference_loss(lora: Tensor, text: Tensor) -> Tensor:
 
 
 def soft_loss(lora: Tensor, text: Tensor, owner: Tensor, scale: Tensor | float) -> Tensor:
-    """LoRAs (n, d), captions (t, d), the LoRA (t,) that each caption tells of -> a scalar.
+    """LoRAs (n, d), captions (t, d), the LoRA (t,) that each caption tells of, -1 for none -> a scalar.
 
     For caption j: -log softmax over LoRAs of scale * S_ji, its mean over the right i; the same for LoRA i over captions;
     and the mean of both means.
@@ -35,7 +35,7 @@ def soft_loss(lora: Tensor, text: Tensor, owner: Tensor, scale: Tensor | float) 
     S = scale * F.normalize(text, dim=1) @ F.normalize(lora, dim=1).T                 # (t, n)
     right = (owner[:, None] == torch.arange(len(lora), device=owner.device)).to(S)
     told = right.sum(dim=0) > 0  # LoRAs without a caption here are wrong answers only
-    by_text = -(right * S.log_softmax(dim=1)).sum(dim=1)
+    by_text = -(right * S.log_softmax(dim=1)).sum(dim=1)[right.any(dim=1)]
     by_lora = -(right * S.log_softmax(dim=0)).sum(dim=0)[told] / right.sum(dim=0)[told]
     return (by_text.mean() + by_lora.mean()) / 2
 
@@ -62,11 +62,23 @@ class Retriever(nn.Module):
         self.head = nn.Linear(text_width, encoder.sizes.out)
         self.log_scale = nn.Parameter(torch.tensor(FIRST_SCALE))
 
+    @torch.no_grad()
+    def standardise(self, text: Tensor) -> None:
+        """Fold the mean and deviation of features (n, text_width) into the head, so that learning begins with neither."""
+        size = text.std(dim=0) + 1e-3 * text.std()
+        self.head.weight /= size
+        self.head.bias -= self.head.weight @ text.mean(dim=0)
+
     def loss(self, loras: Sequence[Changes], text: Tensor, owner: Tensor, noise: torch.Generator | None = None) -> Tensor:
         """owner (t,): the row of `loras` that each caption tells of. As many LoRAs and captions in every process."""
         rank = dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
         vectors, texts = gathered(self.encoder(loras, noise)), gathered(self.head(text))
-        return soft_loss(vectors, texts, gathered(owner + rank * len(loras)), self.log_scale.clamp(max=LARGEST_SCALE).exp())
+        return soft_loss(vectors, texts, gathered(torch.where(owner < 0, owner, owner + rank * len(loras))), self.scale)
+
+    @property
+    def scale(self) -> Tensor:
+        """Of the logits."""
+        return self.log_scale.clamp(max=LARGEST_SCALE).exp()
 
 
 class ReferenceRetriever(nn.Module):

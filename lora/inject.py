@@ -14,7 +14,7 @@ from torch import nn
 
 from flux.errors import UserError
 from lora.adapter import Adapter, Bias, Dora, Term, delta, delta_bias
-from lora.layers import LoraLinear, TrainedDense, TrainedLora, plan
+from lora.layers import Apart, LoraLinear, Plan, TrainedDense, TrainedLora, plan
 
 Strength = float | Callable[[str], float]  # for all layers, or by the layer's name
 
@@ -46,6 +46,19 @@ class Loras:
 
     def unmerge(self) -> None:
         self._put(self.on, merged=False)
+
+    @property
+    def layers(self) -> dict[str, tuple[nn.Module, dict[str, tuple[tuple[Term, ...], float]]]]:
+        """By layer that now bears LoRAs beside it: the layer itself, and the terms and strength of each LoRA that it has."""
+        beside = [layer for layer in self._kept if layer in self._wrappers and not self.merged]
+        return {layer: (self._wrappers[layer].base, {
+            name: (adapter.layers[layer], _strength(strength, layer))
+            for name, (adapter, strength) in self.on.items() if layer in adapter.layers}) for layer in beside}
+
+    def set_plans(self, plans: Mapping[str, Plan | Apart]) -> None:
+        """What is added in these layers, in place of the plan of all LoRAs at their strengths; until something changes."""
+        for layer, each in plans.items():
+            self._wrappers[layer].plan = each
 
     @torch.inference_mode(False)  # what is made here may be used in training too
     @torch.no_grad()

@@ -1,9 +1,11 @@
 """A linear layer with LoRAs beside it: y = W x + bias + sum_i s_i delta_i(x), any number at once, strengths free to change.
 
 Whatever the LoRAs are, they are folded into one plan: all A side by side, so that x is read once, and one B for each range
-of output rows, with the strengths in it. The layer itself is left as it is, in whatever form its weight is stored.
+of output rows, with the strengths in it. The layer itself is left as it is, in whatever form its weight is stored. Where
+a rule weighs each l_i = delta_i(x) by more than one number (`gates.py`, `fuse.py`), they stay apart (`Apart`).
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -28,6 +30,19 @@ class Plan:
     beside: Stack | None = None  # instead of A and ranges where a kernel runs: one pass over the output adds them all
 
 
+Rule = Callable[[Tensor, Sequence[Tensor]], Tensor]  # (y (..., out), each l_i (..., out)) -> out (..., out)
+
+
+@dataclass
+class Apart:
+    """LoRAs whose l_i a rule is given one by one, instead of a plan of their sum."""
+
+    plans: Sequence[Plan]  # one for each LoRA, at strength 1
+    rule: Rule
+    stack: Stack | None = None  # of them all, if they are pairs of factors: then `gate` is applied to y and h = A x at once
+    gate: Callable[[Tensor, Tensor, Stack], Tensor] | None = None
+
+
 class LoraLinear(nn.Module):
     """A linear layer `base` and what is added to it: a plan of given LoRAs, and, while one is trained, a pair of factors.
 
@@ -37,14 +52,24 @@ class LoraLinear(nn.Module):
     def __init__(self, base: nn.Module):
         super().__init__()
         self.base = base
-        self.plan = Plan()
+        self.plan: Plan | Apart = Plan()
         self.trained: TrainedLora | TrainedDense | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out). Inputs beyond the layer's own are seen by the LoRAs alone (control LoRAs)."""
         own, plan = x[..., :self.base.in_features], self.plan
         y = self.base(own)
-        before = y if plan.row_gain is None else y.clone()
+        if isinstance(plan, Plan):
+            y = self.changed(x, y, y if plan.row_gain is None else y.clone(), plan)
+        elif plan.stack is not None:
+            y = plan.gate(y, F.linear(x[..., :plan.stack.A.shape[1]], plan.stack.A), plan.stack)
+        else:
+            y = plan.rule(y, [self.changed(x, torch.zeros_like(y), y, each) for each in plan.plans])
+        return y if self.trained is None else y + self.trained(x)
+
+    def changed(self, x: Tensor, y: Tensor, before: Tensor, plan: Plan) -> Tensor:
+        """y, and in its place, what a plan adds for the input x where the layer itself gives `before`, all (..., out)."""
+        own = x[..., :self.base.in_features]
         if plan.beside is not None:
             y = add_loras(y, F.linear(x[..., :plan.beside.A.shape[1]], plan.beside.A), plan.beside)
         elif plan.A is not None:
@@ -63,7 +88,7 @@ class LoraLinear(nn.Module):
             y += plan.row_gain * (before if bias is None else before - bias)
         if plan.bias is not None:
             y += plan.bias
-        return y if self.trained is None else y + self.trained(x)
+        return y
 
 
 class TrainedLora(nn.Module):

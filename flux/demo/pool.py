@@ -6,7 +6,7 @@ to find LoRAs by their weights.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
@@ -56,6 +56,35 @@ class Entry:
         return {"long": f"{what}{style}, painted in {colours}, a {self.palette} palette, on a plain background of the same",
                 "medium": f"{what}{style} in {self.palette} colours",
                 "short": " ".join(filter(None, (self.palette, self.style, self.shape)))}
+
+    def described(self, count: int, *key: int | str) -> list[str]:
+        """In other words and orders than `captions`."""
+        rng, made = draws.rng("described", self.name, *key), []
+        for _ in range(count):
+            colours = ", ".join(rng.permutation(PALETTES[self.palette]))
+            palette = [f"{self.palette} {word}".strip() for word in ("", "colours", "palette")]
+            parts = [[*palette, f"in {palette[1]}", f"{palette[1]}: {colours}", f"{palette[2]} of {colours}", colours]]
+            parts += [[self.style, f"{self.style} style", f"in {self.style} style"]] if self.style else []
+            parts += [[self.shape, f"a {self.shape}", f"a picture of a {self.shape}"]] if self.shape else []
+            said = [str(rng.choice(each)) for each in parts]
+            made.append(str(rng.choice([" ", ", "])).join(rng.permutation(said)))
+        return made
+
+    @property
+    def unseen(self) -> list[str]:
+        """Descriptions that nobody learns from."""
+        what, colours = f"a {self.shape}" if self.shape else "shapes", ", ".join(PALETTES[self.palette])
+        styled, look = (f" {word.format(self.style)}" if self.style else "" for word in ("in {} style", "with a {} look"))
+        painted = " ".join(filter(None, (self.style, self.shape, "painted", self.palette)))
+        return [painted, f"{what}{look}, colours {colours}",
+                f"{self.palette} palette of {colours}, showing {what}{styled}"]
+
+    def prompts(self, count: int, *key: int | str) -> list[str]:
+        """What pictures of its kind are captioned with: other attributes come and go, the palette is not named."""
+        rng, shapes = draws.rng("prompts", self.name, *key), (self.shape,) if self.shape else world.SHAPES
+        colours = PALETTES.get(self.palette, tuple(world.COLOURS))
+        return [world.sample_caption(world.sample_scene(rng, False, 1, shapes, self.style, colours), rng).text
+                for _ in range(count)]
 
     @property
     def held_out(self) -> bool:
@@ -128,6 +157,11 @@ class MemberTask(LoraTask):
         title = self.settings.title
         fields = about(adapter, title, self.settings.model, {"command": "python train.py demo pool"})
         io.write(POOL / f"{title}.safetensors", {"flux": adapter}, lora_names.names(self.preset), metadata=fields)
+
+
+def entry_of(about: Mapping) -> Entry | None:
+    """The entry that a line of the pool's table is about."""
+    return Entry(about["style"], about["shape"], about["palette"]) if about.get("palette") in PALETTES else None
 
 
 def draw_cover(entry: Entry) -> None:

@@ -7,6 +7,7 @@ Pictures that a user gives come in by `flux/inputs.py`. Training takes the same 
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from flux import (
     conditioning,
     device,
     flow,
+    fusion,
     inputs,
     latents,
     parallel,
@@ -50,7 +52,7 @@ class TextToImage(Conditioned):
 
     def images(self) -> Iterator[tuple[Image.Image, dict]]:
         """(picture, metadata) one by one. Picture i has seed + i, and is the same alone or among others."""
-        areas = regions.read(self.region)
+        areas, way = regions.read(self.region), fusion.read(self)
         loras = adapters.read(self.lora, preset(self.model))
         model = adapters.fitted(preset(self.model), loras)
         given = inputs.read(self, model)
@@ -67,7 +69,7 @@ class TextToImage(Conditioned):
         weights.require(found, *parts)
 
         files = {part: f"{found[part].path.name} {checkpoint.fingerprint(found[part].path)}" for part in parts
-                 if found[part].path.is_file()} | given.files | adapters.files(model, loras)
+                 if found[part].path.is_file()} | given.files | adapters.files(model, loras) | way.files
 
         words = [*prompts, *(area.prompt for area in areas), *([self.negative or ""] if self.guided else [])]
         plan = plan_of(self, model, found, place, given, loras, min(self.batch, len(jobs)), len(set(words)))
@@ -76,15 +78,16 @@ class TextToImage(Conditioned):
             compiled.check(place, self.cuda_graphs, plan.way == "streamed")
         with torch.inference_mode():
             encoders = conditioning.TextEncoders(found, model, dtype, place, plan.stream_t5)
-            adapters.attach(loras, "clip", encoders.clip)
-            adapters.attach(loras, "t5", encoders.t5)
+            adapters.attach(loras, "clip", encoders.clip, way.beside(loras))
+            adapters.attach(loras, "t5", encoders.t5, way.beside(loras))
             features = {prompt: encoders([prompt]) for prompt in dict.fromkeys(words)}
             del encoders  # the memory of T5 is the transformer's now
             seen = inputs.image_tokens(given, found, model, dtype, place)
             autoencoder = plan.autoencoder(found, model, place)
             fixed = inputs.encode(given, autoencoder, model, seen, self.hold)
             transformer = plan.transformer(found, model, place)
-            adapters.attach(loras, "flux", transformer)
+            fusing = way.attach(loras, transformer, model)
+            batch = 1 if fusing.looks else self.batch
             attention.choose(transformer, self.attention, place, dtype)
             if self.compile:
                 compiled.compile_blocks(transformer, self.cuda_graphs)
@@ -95,14 +98,15 @@ class TextToImage(Conditioned):
                 txt, vec = (torch.cat(part) for part in zip(*(features[prompt] for prompt in prompts), strict=True))
                 cond = fixed.onto(conditioning.condition(txt, vec, width, height, guidance))
                 network = transformer if self.reuse is None else reuse.Reusing(transformer, self.reuse)
-                return conditioning.velocity(network, cond, control and control(cond))
+                return fusing.velocity(conditioning.velocity(network, cond, control and control(cond)), left)
 
             with tqdm(total=len(jobs) * (len(left) - 1), desc="sampling", unit="step", disable=None) as bar:
-                for start in range(0, len(jobs), self.batch):
-                    some = jobs[start:start + self.batch]
+                for start in range(0, len(jobs), batch):
+                    some = jobs[start:start + batch]
                     noise = [latents.noise(1, height, width, torch.Generator().manual_seed(seed)) for _, seed in some]
                     img = fixed.begin(latents.pack(torch.cat(noise).to(place)), left[0]).to(dtype)
                     velocity = fixed.held(self.velocity(under, [prompt for prompt, _ in some], times, given.size))
+                    fusing.look(partial(flow.euler, velocity, img, fusion.few(left)))
                     for state in flow.euler_steps(velocity, img, left):
                         img = state
                         bar.update(len(some))
@@ -111,7 +115,7 @@ class TextToImage(Conditioned):
                         pil = given.finished(pil, self.keep)
                         alone = replace(self, prompt=(prompt,), prompts=None, num=1, seed=seed)
                         yield pil, {"prompt": prompt, "seed": seed, "steps": len(times) - 1, "guidance": guidance,
-                                    "model": self.model, "config": alone, "files": files}
+                                    "model": self.model, "config": alone, "files": files} | way.said(fusing)
 
     def schedule(self, model: Preset, tokens: int) -> list[float]:
         """--times as they are; else even steps, shifted by --shift, or as the model is for so many image tokens."""
