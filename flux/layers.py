@@ -96,6 +96,7 @@ class DoubleStreamBlock(nn.Module):
     """Image and text keep their own weights and meet in one attention."""
 
     attention_way = "auto"  # or sdpa, triton: see kernels/rope_attention.py
+    attention_bias: Tensor | None = None  # on the logits: see flux/regional_attention.py
 
     def __init__(self, config: FluxConfig):
         super().__init__()
@@ -125,7 +126,8 @@ class DoubleStreamBlock(nn.Module):
         """
         joined = torch.cat((self.txt_attn.qkv(txt), self.img_attn.qkv(img)), dim=1)
         q, k, v = (rearrange(x, "b l (h e) -> b l h e", h=self.txt_attn.num_heads) for x in joined.chunk(3, dim=-1))
-        joined = attention(q, k, v, pe, (self.txt_attn.norm, self.img_attn.norm), txt.shape[1], self.attention_way)
+        joined = attention(q, k, v, pe, (self.txt_attn.norm, self.img_attn.norm), txt.shape[1], self.attention_way,
+                           self.attention_bias)
         return joined.split((txt.shape[1], img.shape[1]), dim=1)
 
 
@@ -133,6 +135,7 @@ class SingleStreamBlock(nn.Module):
     """Attention and MLP side by side on the joined tokens, with one projection in and one out."""
 
     attention_way = "auto"
+    attention_bias: Tensor | None = None
 
     def __init__(self, config: FluxConfig):
         super().__init__()
@@ -152,7 +155,7 @@ class SingleStreamBlock(nn.Module):
         """linear1's output (B, L, 3D + 4D), freed on return -> attention beside MLP (B, L, D + 4D)."""
         *qkv, mlp = joined.split(self.widths, dim=-1)
         q, k, v = (rearrange(x, "b l (h e) -> b l h e", h=self.num_heads) for x in qkv)
-        return BesideGelu.apply(attention(q, k, v, pe, (self.norm,), way=self.attention_way), mlp)
+        return BesideGelu.apply(attention(q, k, v, pe, (self.norm,), 0, self.attention_way, self.attention_bias), mlp)
 
 
 class BesideGelu(torch.autograd.Function):
