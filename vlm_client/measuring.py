@@ -49,9 +49,9 @@ SCORES = {  # measure -> its values and their scores, joined by straight lines
     "clipping": ((0, 0.01, 0.05, 0.2, 0.5, 1), (10, 10, 8, 5, 3, 1)),
 }
 MENDS = {  # measure -> heading, what against too little and too much of it
-    "exposure": ("exposure and lighting", "bright", "dim"),
-    "contrast": ("exposure and lighting", "gradient", "even"),
-    "colourfulness": ("colour", "gradient", "muted"),
+    "exposure": ("exposure and lighting", "bright", "gradient"),
+    "contrast": ("exposure and lighting", "gradient", ""),
+    "colourfulness": ("colour", "gradient", ""),
     "sharpness": ("detail and texture", "large", "large"),
     "balance": ("composition and camera angle", "large", "large"),
     "clipping": ("exposure and lighting", "gradient", "gradient"),
@@ -146,8 +146,7 @@ def mended(prompt: str, mend: str) -> str:
         sized = re.sub(r"\b(small|medium)\b", "large", words)
         named = re.sub(r"\ban? (?!large\b|(\w+ ){0,2}background\b)", "a large ", sized)
         return named if "large" in named else f"large {named}"
-    said = {"bright": "in bright light", "dim": "in dim light", "even": "in soft even light", "muted": "in muted colours"}
-    return words if re.search(r"\b(light|colours)\b", words) else f"{words} {said[mend]}"
+    return words if mend != "bright" or re.search(r"\blight\b", words) else f"{words} in bright light"
 
 
 def critique_of(pil: Image.Image, prompt: str, convention: str, most: int) -> dict:

@@ -129,7 +129,8 @@ class Student:
                 optimiser.zero_grad(set_to_none=True)
                 stage.losses.append(losses.mean().item())
                 if not math.isfinite(stage.losses[-1]):
-                    raise UserError(f"{name}: the loss is {stage.losses[-1]} at step {step}; expected a finite one; lower --lr")
+                    raise UserError(f"{name}: the loss is {stage.losses[-1]} at step {step}, expected a finite one; lower "
+                                    "--lr")
                 if (step + 1) % TEST_EVERY == 0:
                     stage.tests.append((step + 1, self.reconstruction(z if after is None else after, prompts)))
                     if ended := ends([error for _, error in stage.tests]):
@@ -191,7 +192,8 @@ def groups(count: int, settings) -> list[range]:
     return [range(first, min(first + size, count)) for first in range(0, count, size)]
 
 
-def differences(artist: Artist, settings, folder: Path, pairs: tuple[list[dict], Tensor, Tensor], key: tuple) -> list[Adapter]:
+def differences(artist: Artist, settings, folder: Path, pairs: tuple[list[dict], Tensor, Tensor], key: tuple
+                ) -> list[Adapter]:
     """Delta_2 of every group, each trained once and kept in the folder; groups are shared out over processes."""
     rows, before, after = pairs
     prompts, team = [row["prompt"] for row in rows], parallel.join()
@@ -216,7 +218,8 @@ def differences(artist: Artist, settings, folder: Path, pairs: tuple[list[dict],
     return found
 
 
-def train_group(student: Student, path: Path, before: Tensor, after: Tensor, prompts: list[str], names, key: str) -> None:
+def train_group(student: Student, path: Path, before: Tensor, after: Tensor, prompts: list[str], names,
+                key: str) -> None:
     """Both stages of one group, into one file, and beside it what they told."""
     method, anchor = student.settings.method, None
     if method == "two_stage":

@@ -15,7 +15,6 @@ from PIL import Image
 
 from flux import cli, lora_names, parallel, pictures
 from flux.artaug import differential, drawing, judging, pairs, prompts
-from flux.artaug.drawing import Artist
 from flux.artaug.judging import Judged
 from flux.artaug.loop import folder_of, started, workshop
 from flux.artaug.pairs import Workshop
@@ -41,8 +40,8 @@ class Evaluate(Learning):
         unknown = set(self.compare) - {"rewrite", "regions", "plain", "none"}
         path = self.run_folder / "artaug.safetensors"
         if unknown or not path.exists():
-            raise UserError(f"--compare {', '.join(sorted(unknown))}: expected rewrite, regions, plain or none" if unknown else
-                            f"{path} is not there, expected the LoRA of a loop; run python train.py artaug first")
+            raise UserError(f"--compare {', '.join(sorted(unknown))}: expected rewrite, regions, plain or none; take one"
+                            if unknown else f"{path} is not there, expected the LoRA of a loop; run python train.py artaug")
         shop = workshop(self)
         if parallel.join().leads:
             Trial(self, shop).run(path)
@@ -63,7 +62,8 @@ class Trial:
         if {"rewrite", "regions"} & set(compared):
             plans = drawing.ask(self.shop.critic, list(zip(drawn["base"], self.prompts, strict=True)))
         if "rewrite" in compared:
-            drawn["rewrite"] = self.draw(None, [widest(plan, prompt) for plan, prompt in zip(plans, self.prompts, strict=True)])
+            said = [widest(plan, prompt) for plan, prompt in zip(plans, self.prompts, strict=True)]
+            drawn["rewrite"] = self.draw(None, said)
         if "regions" in compared:
             drawn["regions"] = self.draw(None, plans=[drawing.areas(plan, self.settings.region_scale) for plan in plans])
         if "plain" in compared:
@@ -121,8 +121,8 @@ class Trial:
               f"{figures.get('artaug', {}).get('diversity', 0):.3f}", sep="\n")
         run = self.settings.run_folder
         _write(run / "evaluate.md", text + "\n")
-        _write(run / "evaluate.json", json.dumps({"settings": cli.as_dict(self.settings), "figures": figures, "parts": parts},
-                                                 indent=1, default=float))
+        told = {"settings": cli.as_dict(self.settings), "figures": figures, "parts": parts}
+        _write(run / "evaluate.json", json.dumps(told, indent=1, default=float))
 
     def diversity(self, adapter: Adapter | None) -> float:
         said = [prompt for prompt in self.prompts[:self.settings.varied] for _ in range(4)]

@@ -36,6 +36,7 @@ class Workshop:
     artist: Artist
     scorer: object
     critic: object
+    base: object = None  # how the base's pictures of the checks were judged
 
     def fingerprint(self, worn: str) -> str:
         """Of what pictures depend on beside prompt and seed; `worn`: hash of the LoRA of the iterations before."""
@@ -72,7 +73,8 @@ def whole(path: Path, key: str) -> bool:
         return False
 
 
-def make_part(shop: Workshop, folder: Path, iteration: int, numbers: range, prompts: list[str], made_from: str) -> list[dict]:
+def make_part(shop: Workshop, folder: Path, iteration: int, numbers: range, prompts: list[str], made_from: str
+              ) -> list[dict]:
     settings, artist = shop.settings, shop.artist
     seeds = [draws.seed_of("artaug", settings.seed, iteration, i) % 2**31 for i in numbers]
     before = list(artist.draw(prompts, seeds))
@@ -129,7 +131,7 @@ def decide(shop: Workshop, folder: Path) -> list[dict]:
 
 def judge(rows: list[dict], seen: Tensor, settings) -> None:
     """The rules of the filter, each with the words for what failed; then the best, spread over what they show."""
-    gain_at, floor_at, (least, most) = settings.limits()
+    gain_at, floor_at, true_at, (least, most) = settings.limits()
     def score(row, side, name):
         return row["scores"][side][name]
     gains = [score(row, "after", "aesthetic") - score(row, "before", "aesthetic") for row in rows]
@@ -143,7 +145,7 @@ def judge(rows: list[dict], seen: Tensor, settings) -> None:
             "plan: no valid edit": bool(row["plan"]["edits"]),
             f"aesthetic gain {gain:.3f} below {needed:.3f}": gain >= needed,
             f"aesthetic score {after:.3f} below {floor:.3f}": after >= floor,
-            f"fidelity changed by {truth:.3f}, below {settings.fidelity:g}": truth >= settings.fidelity,
+            f"fidelity changed by {truth:.3f}, below {true_at:g}": truth >= true_at,
             f"structure {similar:.3f} not in {least:g} to {most:g}": least <= similar <= most,
             f"change {change:.3f} below {settings.change:g}": change >= settings.change,
             f"second opinion {opinion:.3f}, not above 0": opinion > 0}

@@ -1,4 +1,4 @@
-"""report.html, which stands alone (pictures are in it), and table.md: what the loop made, took and refused, and what it gave."""
+"""report.html, which stands alone (pictures are in it), and table.md: what the loop made, took and refused, and gave."""
 
 import base64
 import html
@@ -12,7 +12,8 @@ from PIL import Image
 from flux import cli
 from flux.resume import _write
 
-STYLE = """body{font:16px/1.5 system-ui,sans-serif;color:#23262b;background:#fbfbf9;max-width:1080px;margin:2rem auto;padding:0 1rem}
+STYLE = """body{font:16px/1.5 system-ui,sans-serif;color:#23262b;background:#fbfbf9;max-width:1080px;
+margin:2rem auto;padding:0 1rem}
 table{border-collapse:collapse;margin:1rem 0}td,th{padding:.3rem .8rem;border-bottom:1px solid #dcdedf;text-align:left}
 .pairs{display:grid;grid-template-columns:repeat(auto-fill,minmax(270px,1fr));gap:1rem}
 figure{margin:0;font-size:13px}figure img{width:49%;image-rendering:auto}figcaption{color:#555}
@@ -47,8 +48,9 @@ def table(history: list[dict]) -> str:
         figures = each["against"]
         wins = " / ".join(map(str, figures["wins"]))
         right = interval(figures["right"], 1) if "right" in figures else "-"
-        rows.append(f"| {each['iteration']} | {each['base score']:.2f} to {each['score']:.2f} | {interval(figures['gain'])} | "
-                    f"{wins} | {interval(figures['fidelity'], 3)} | {right} |")
+        cells = (str(each["iteration"]), f"{each['base score']:.2f} to {each['score']:.2f}", interval(figures["gain"]), wins,
+                 interval(figures["fidelity"], 3), right)
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 

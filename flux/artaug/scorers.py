@@ -102,10 +102,10 @@ class Demo:
 
 
 def palette(pil: Image.Image) -> float:
-    """1 to 10: how far lightness reaches (5th to 95th percentile) and how strong colours are, half and half, in OKLab."""
+    """1 to 10: how far lightness reaches, from its 5th to its 95th percentile, and how far hues lie apart, in OKLab."""
     lightness, a, b = np.moveaxis(oklab(pil), -1, 0)
     low, high = np.percentile(lightness, (5, 95))
-    return float(1 + 9 * (0.5 * min(1.0, (high - low) / 0.7) + 0.5 * min(1.0, np.hypot(a, b).mean() / 0.2)))
+    return float(1 + 9 * (0.7 * min(1.0, (high - low) / 0.6) + 0.3 * min(1.0, np.hypot(a.std(), b.std()) / 0.15)))
 
 
 def tones(pil: Image.Image) -> float:

@@ -1,4 +1,4 @@
-"""ArtAug (arXiv 2412.12888): a critic looks at pictures, they are drawn again with its edits, and a LoRA learns the difference.
+"""ArtAug (arXiv 2412.12888): a critic looks at pictures, they are drawn again so, and a LoRA learns the difference.
 
 A vision-language model is shown each picture with its prompt and answers with regions and prompts for them; from the same
 noise the picture is drawn again, by the whole prompt's velocity blended with one per region (`flux/regions.py`). Sampling
