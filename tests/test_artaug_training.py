@@ -273,6 +273,13 @@ def test_the_second_lora_alone_moves_from_before_to_after(taught):
     assert cosines["difference"] > 0.5 and cosines["anchor"] < 0.2, cosines
 
 
+def test_the_second_stage_stands_on_the_anchor(taught):
+    artist, _, before, _, anchor, _ = taught
+    student = differential.Student(artist, Learning(learn_steps=1, rank=8), ("toy",))
+    worn, bare = (student.learn("again", before, ["a"], each).tests[0][1] for each in (anchor.adapter, None))
+    assert worn == pytest.approx(anchor.tests[-1][1], rel=1e-4) and bare == pytest.approx(anchor.tests[0][1], rel=1e-4)
+
+
 def test_learning_leaves_the_model_as_it_was(taught):
     artist, state, *_, second = taught
     now = artist.transformer.state_dict()

@@ -238,7 +238,8 @@ def cost(settings, artist: Artist) -> str:
     """Passes and seconds of one run, before it begins: pictures, training and checks, as timed on two steps."""
     drawn = settings.iterations * settings.count * artist.steps * (2 + (0 if settings.mode == "attention" else GUESS))
     stages = 2 if settings.method == "two_stage" else 1
-    taught = max(1, settings.target // settings.group) if settings.grouping == "groups" else 1
+    most = min(settings.target, settings.count)
+    taught = {"groups": -(-most // settings.group), "per_pair": most, "joint": 1}[settings.grouping]
     learned_passes = 3 * settings.iterations * stages * taught * settings.learn_steps * settings.learn_batch
     checks = (settings.iterations + 1) * settings.checks * artist.steps
     pace = timed(artist, settings.batch)
