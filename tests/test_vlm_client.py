@@ -320,7 +320,7 @@ def test_scores_follow_the_measures():
     assert all(1 <= score <= 10 for score in (*good.values(), *bad.values()))
     assert good["exposure"] > 9 > 3 > bad["exposure"] and good["contrast"] > bad["contrast"]
     edits = measuring.critique_of(dim, PROMPT, "frac", 4)["edits"]
-    assert any(edit["prompt"].endswith("in bright light") for edit in edits)
+    assert any("in bright light" in edit["prompt"] for edit in edits)
     assert measuring.critique_of(fine, PROMPT, "frac", 0)["edits"] == []
 
 

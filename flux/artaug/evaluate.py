@@ -12,15 +12,17 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from PIL import Image
+from tqdm import tqdm
 
 from flux import cli, lora_names, parallel, pictures
 from flux.artaug import differential, drawing, judging, pairs, prompts
 from flux.artaug.judging import Judged
-from flux.artaug.loop import folder_of, started, workshop
+from flux.artaug.loop import folder_of, lora_hash, started, workshop
 from flux.artaug.pairs import Workshop
 from flux.artaug.report import interval
 from flux.artaug.settings import Learning
 from flux.errors import UserError
+from flux.regions import Region
 from flux.resume import _write
 from lora import algebra, io
 from lora.adapter import Adapter
@@ -42,9 +44,7 @@ class Evaluate(Learning):
         if unknown or not path.exists():
             raise UserError(f"--compare {', '.join(sorted(unknown))}: expected rewrite, regions, plain or none; take one"
                             if unknown else f"{path} is not there, expected the LoRA of a loop; run python train.py artaug")
-        shop = workshop(self)
-        if parallel.join().leads:
-            Trial(self, shop).run(path)
+        Trial(self, workshop(self)).run(path)
 
 
 class Trial:
@@ -58,25 +58,43 @@ class Trial:
     def run(self, path: Path) -> None:
         compared, strengths = self.settings.compare or ("rewrite", "regions", "plain"), self.settings.strengths or (1.0,)
         learned = io.read(path, self.names)[0]["flux"]
-        drawn = {"base": self.draw(None)}
+        drawn = {"base": self.draw("base")}
         if {"rewrite", "regions"} & set(compared):
             plans = drawing.ask(self.shop.critic, list(zip(drawn["base"], self.prompts, strict=True)))
         if "rewrite" in compared:
             said = [widest(plan, prompt) for plan, prompt in zip(plans, self.prompts, strict=True)]
-            drawn["rewrite"] = self.draw(None, said)
+            drawn["rewrite"] = self.draw("rewrite", said=said)
         if "regions" in compared:
-            drawn["regions"] = self.draw(None, plans=[drawing.areas(plan, self.settings.region_scale) for plan in plans])
+            areas = [drawing.areas(plan, self.settings.region_scale) for plan in plans]
+            drawn["regions"] = self.draw("regions", plans=areas)
         if "plain" in compared:
-            drawn["plain"] = self.draw(self.plain())
+            drawn["plain"] = self.draw("plain", self.plain())
         for strength in strengths:
-            drawn["artaug" if strength == 1 else f"artaug {strength:g}"] = self.draw(learned, strength=strength)
+            name = "artaug" if strength == 1 else f"artaug {strength:g}"
+            drawn[name] = self.draw(name, learned, strength)
+        if not parallel.join().leads:
+            return
         self.tell({name: judging.judge(pils, self.captions, self.shop.scorer) for name, pils in drawn.items()}, learned)
         self.show(drawn)
 
-    def draw(self, adapter: Adapter | None, said: Sequence[str] | None = None, plans=None, strength: float = 1.0
-             ) -> list[Image.Image]:
+    def draw(self, name: str, adapter: Adapter | None = None, strength: float = 1.0, said: Sequence[str] | None = None,
+             plans: Sequence[Sequence[Region]] | None = None) -> list[Image.Image]:
+        """Pictures that are kept in the run folder, those that are not there yet drawn; processes share them."""
+        said, team = list(said or self.prompts), parallel.join()
+        made_from = [self.shop.fingerprint(lora_hash(adapter) if adapter else ""), strength, said, self.seeds,
+                     [[vars(area) for area in plan] for plan in plans or ()]]
+        folder = self.settings.run_folder / "evaluate" / f"{name.replace(' ', '-')}-{pairs.digest(made_from)}"
+        folder.mkdir(parents=True, exist_ok=True)
+        paths = [folder / f"{i:05d}.png" for i in range(len(said))]
         self.artist.wear(adapter, strength)
-        return list(self.artist.draw(said or self.prompts, self.seeds, plans))
+        some = [part for part in drawing.chunks(len(said), pairs.PART) if not all(paths[i].exists() for i in part)]
+        for part in tqdm(some[team.rank::team.size], desc=name, disable=None):
+            rows = slice(part.start, part.stop)
+            drawn = self.artist.draw(said[rows], self.seeds[rows], plans and plans[rows])
+            for path, pil in zip(paths[rows], drawn, strict=True):
+                pictures.write_png(path, pil, None)
+        team.wait()
+        return [pictures.read(path) for path in paths]
 
     def plain(self) -> Adapter:
         """One LoRA per iteration on the same pictures after, in the same groups; added up as the loop's are."""
