@@ -20,10 +20,12 @@ def interpolate(x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
     return (1 - t) * x0 + t * eps
 
 
-def loss(velocity: Velocity, x0: Tensor, eps: Tensor, t: Tensor) -> Tensor:
-    """Mean squared error per sample (B,) of the velocity at x_t, in float32; zero for the true one."""
+def loss(velocity: Velocity, x0: Tensor, eps: Tensor, t: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Mean squared error per sample (B,) of the velocity at x_t, in float32; zero for the true one. weight, of the shape of
+    x0: how much each number counts; each sample counts the same."""
     v = velocity(interpolate(x0, eps, t).to(x0.dtype), t)
-    return (v.float() - (eps - x0).float()).square().flatten(1).mean(1)
+    error = (v.float() - (eps - x0).float()).square().flatten(1)
+    return error.mean(1) if weight is None else (error * weight.flatten(1)).sum(1) / weight.flatten(1).sum(1)
 
 
 def mu(tokens: int, base_shift: float = 0.5, max_shift: float = 1.15) -> float:

@@ -68,11 +68,11 @@ def test_holes_hide_what_they_shall():
 
 def test_what_a_batch_holds():
     task = fill_stage.FillTask(fill_stage.TrainFill(scenes=4, batch=3, rank=2))
-    x0, eps, t, cond = task.batch(0, 0)
+    x0, eps, t, weight, cond = task.batch(0, 0)
     assert x0.shape == eps.shape == (3, 64, 64) and t.shape == (3,) and cond.channels.shape == (3, 64, 320)
     assert set(cond.channels[..., 64:].unique().tolist()) <= {0.0, 1.0}
     again = task.batch(0, 0)
-    assert torch.equal(eps, again[1]) and torch.equal(cond.channels, again[3].channels)
+    assert torch.equal(eps, again[1]) and torch.equal(cond.channels, again[4].channels)
     rng = draws.rng(0, "fill", 0, 0)
     i = rng.choice(4, 3)[0]  # its first picture, made here as a user's would be
     image = to_image(world.render(task.scenes[i])[0][None])
@@ -80,6 +80,8 @@ def test_what_a_batch_holds():
     want = fill.tokens(task.autoencoder.encode(fill.masked(image, mask)), mask)
     assert torch.allclose(cond.channels[:1], want, atol=1e-4)
     assert torch.allclose(x0[:1], latents.pack(task.autoencoder.encode(image)), atol=1e-4)
+    hidden = mask.view(16, 8, 16, 8).mean((1, 3))  # of each cell of 8 x 8 pixels, which is a number in 16 channels
+    assert torch.allclose(latents.unpack(weight, 128, 128)[0], 0.2 + 0.8 * hidden.expand(16, 16, 16), atol=1e-6)
     loss = task.loss(task.batch(1, 0))
     loss.mean().backward()
     trained = {name for name, p in task.model.named_parameters() if p.grad is not None}

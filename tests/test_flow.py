@@ -161,6 +161,15 @@ def test_the_loss_is_a_mean_square_per_sample():
     assert flow.loss(lambda img, t: x0 - eps, x0, eps, torch.rand(3, generator=g)).min() > 1, "the sign counts"
 
 
+def test_what_weighs_nothing_in_the_loss_may_be_wrong():
+    g = torch.Generator().manual_seed(0)
+    x0, eps = torch.randn(2, 2, 4, 64, generator=g)
+    off = torch.tensor([1.0, 5.0, 2.0, 5.0]).view(1, 4, 1)
+    weight = torch.tensor([[1.0, 0.0, 1.0, 0.0], [0.5, 0.0, 0.0, 0.0]])[..., None].expand_as(x0)
+    losses = flow.loss(lambda img, t: eps - x0 + off, x0, eps, torch.rand(2, generator=g), weight)
+    assert losses.tolist() == pytest.approx([(1 + 4) / 2, 1], rel=1e-5), "each sample by its own weights"
+
+
 @pytest.mark.parametrize(("mean", "std"), [(0.0, 1.0), (flow.mu(4096), 1.0), (-0.5, 0.4)])
 def test_times_are_logit_normal(mean, std):
     t = flow.draw_t(100_000, torch.Generator().manual_seed(0), mean, std)

@@ -29,7 +29,7 @@ from lora.metadata import about
 class TrainFill(Training):
     """The demo's Fill model: a wider first layer and a LoRA, on scenes of which a part is hidden."""
 
-    steps: int = 1300
+    steps: int = 3600
     lr: float = 1.5e-3
     batch: int = 24
     warmup: int = 50
@@ -37,7 +37,8 @@ class TrainFill(Training):
     ema: float = 0.995
     dtype: Literal["fp32", "bf16"] = "bf16"
     rank: int = 32              # of the LoRA
-    scenes: int = 8_000         # pictures with a hole whose latents are made once; their captions vary at every visit
+    scenes: int = 12_000        # pictures with a hole whose latents are made once; their captions vary at every visit
+    known: float = 0.2          # weight of what is not hidden in the loss: the sampler leads that by itself
     drop: float = 0.1           # share of captions left empty
 
     def task(self):
@@ -94,7 +95,9 @@ class FillTask:
 
     def noised(self, captions: list[str], x0: Tensor, known: Tensor, masks: Tensor, generator: torch.Generator):
         t = flow.draw_sampled_t(len(x0), generator, self.mu)
-        return x0, torch.randn(x0.shape, generator=generator), t, self.condition(captions, known, masks, 1.0)
+        hidden = latents.pack(F.avg_pool2d(masks.float(), 8).expand(-1, DEMO.autoencoder.z_channels, -1, -1))
+        weight = torch.lerp(torch.tensor(self.settings.known), torch.tensor(1.0), hidden)
+        return x0, torch.randn(x0.shape, generator=generator), t, weight, self.condition(captions, known, masks, 1.0)
 
     def condition(self, captions: list[str], known: Tensor, masks: Tensor, guidance: float) -> conditioning.Condition:
         """known (B, 64, 64), masks (B, 1, 128, 128); guidance 1 is the plain conditional velocity."""
@@ -103,8 +106,8 @@ class FillTask:
         return conditioning.with_channels(cond, torch.cat((known, fill.pack_mask(masks.float())), dim=-1))
 
     def loss(self, batch) -> Tensor:
-        x0, eps, t, cond = batch
-        return flow.loss(conditioning.velocity(self.model, cond), x0, eps, t)
+        x0, eps, t, weight, cond = batch
+        return flow.loss(conditioning.velocity(self.model, cond), x0, eps, t, weight)
 
     def preview(self) -> Image.Image:
         """Held-out scenes with their object hidden: what is given, and what is drawn."""
