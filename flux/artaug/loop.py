@@ -39,10 +39,12 @@ class Pairs(Making):
 
     def run(self) -> None:
         started(self)
-        rows = pairs_of(workshop(self), self.iteration, worn="", told=True)
+        shop = workshop(self)
+        worn = before(self, shop.artist, self.iteration)
+        shop.artist.wear(worn)
+        rows = pairs_of(shop, self.iteration, lora_hash(worn))
         if parallel.join().leads:
-            print(f"{folder_of(self, self.iteration) / 'manifest.jsonl'}: {len(rows)} pairs, "
-                  f"{sum(row['decision'] == 'accepted' for row in rows)} accepted")
+            print(f"{len(rows)} rows are in {folder_of(self, self.iteration) / 'manifest.jsonl'}")
 
 
 @dataclass(frozen=True)
@@ -54,7 +56,8 @@ class Learn(Learning):
     def run(self) -> None:
         started(self)
         artist = Artist(self)
-        adapter, kept = learned(artist, self, self.iteration, None)
+        artist.wear(before(self, artist, self.iteration))
+        adapter, kept = learned(artist, self, self.iteration)
         if parallel.join().leads:
             print(f"{folder_of(self, self.iteration) / 'lora.safetensors'}: {len(adapter.layers)} layers, {kept:.1%} of the "
                   "average's energy or more in each")
@@ -91,22 +94,24 @@ class Loop(Learning):
         worn, history, stop = Adapter(), [], ""
         for iteration in range(1, self.iterations + 1):
             shop.artist.wear(worn)
-            rows = pairs_of(shop, iteration, lora_hash(worn), told=True)
+            rows = pairs_of(shop, iteration, lora_hash(worn))
             stop = exhausted(rows)
             if not stop:
-                adapter, kept = learned(shop.artist, self, iteration, worn)
+                adapter, kept = learned(shop.artist, self, iteration)
                 candidate = algebra.combined([worn, adapter], [1.0, self.strength]) if worn.layers else \
                     algebra.combined([adapter], [self.strength])
-                check = checked(shop, self, iteration, candidate) if team.leads else None
-                team.wait()
-                check = check or json.loads((folder_of(self, iteration) / "check.json").read_text())
+                with team.together():
+                    if team.leads:
+                        checked(shop, self, iteration, candidate)
+                check = json.loads((folder_of(self, iteration) / "check.json").read_text())
                 history.append({"iteration": iteration, "energy": kept, **check})
                 stop = spoiled(check, self.most_fall)
             if not stop:
                 worn = candidate
-            if team.leads:
-                if worn.layers:
+            with team.together():
+                if team.leads and worn.layers:
                     publish(self, shop.artist, worn, iteration)
+            if team.leads:
                 report.write(run, history, stop, self, time.time() - begun)
             if stop:
                 break
@@ -135,21 +140,30 @@ def workshop(settings) -> Workshop:
     return Workshop(settings, artist, scorers.choose(artist, settings), drawing.critic(settings))
 
 
-def pairs_of(shop: Workshop, iteration: int, worn: str, told: bool = False) -> list[dict]:
+def before(settings, artist: Artist, iteration: int) -> Adapter:
+    """What the base wears in an iteration: the LoRAs of those before it."""
+    paths = [folder_of(settings, i) / "lora.safetensors" for i in range(1, iteration)]
+    for path in paths:
+        if not path.exists():
+            raise UserError(f"{path} is not there, expected the LoRA of every iteration before {iteration}; learn it first")
+    names = lora_names.names(artist.preset)
+    return algebra.combined([io.read(path, names)[0]["flux"] for path in paths], [1.0] * len(paths))
+
+
+def pairs_of(shop: Workshop, iteration: int, worn: str) -> list[dict]:
     """Pairs that are not there yet, then the decision over all. Every process gets the rows."""
     folder, team = folder_of(shop.settings, iteration), parallel.join()
     begun = time.time()
     pairs.make(shop, folder, iteration, prompts.of_iteration(shop.settings, iteration), worn)
-    if team.leads:
-        rows = pairs.decide(shop, folder)
-        if told:
+    with team.together():
+        if team.leads:
+            rows = pairs.decide(shop, folder)
             print(f"iteration {iteration}: {len(rows)} pairs by {rows[0]['critic']}, "
                   f"{sum(row['decision'] == 'accepted' for row in rows)} accepted, {time.time() - begun:.0f} s", flush=True)
-    team.wait()
     return [json.loads(line) for line in (folder / "manifest.jsonl").read_text().splitlines()]
 
 
-def learned(artist: Artist, settings, iteration: int, worn: Adapter | None) -> tuple[Adapter, float]:
+def learned(artist: Artist, settings, iteration: int) -> tuple[Adapter, float]:
     """The iteration's LoRA: of each group, averaged, recompressed, written; and the energy that this left."""
     folder, begun = folder_of(settings, iteration), time.time()
     if not (folder / "manifest.jsonl").exists():
