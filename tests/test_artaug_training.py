@@ -13,7 +13,7 @@ from test_encoders import MANIFESTS, sized
 
 import train
 from flux import cache, checkpoint, conditioning, flow, latents
-from flux.artaug import differential, evaluate, judging, pairs, prompts, scorers, statistics
+from flux.artaug import differential, evaluate, judging, pairs, prompts, report, scorers, statistics
 from flux.artaug.settings import Learning, Making
 from flux.clip import AestheticHead, Clip
 from flux.config import ClipTextConfig, ClipVisionConfig, FluxConfig
@@ -395,3 +395,9 @@ def test_evaluate_wants_a_loop_first(tmp_path):
 def test_training_wants_a_critic(tmp_path):
     with pytest.raises(UserError, match="--vlm is missing"):
         train.main(["artaug", "--out", str(tmp_path)])
+
+
+def test_reasons_are_counted_by_their_rule():
+    assert [report.word(words) for words in ("plan: no valid edit", "aesthetic gain -0.20 below 0.25", "change 0.04 below",
+                                             "second opinion 0.1, not above 0", "review", "known by heart: error 0.1")] == [
+        "plan", "aesthetic gain", "change", "second opinion", "review", "known by heart"]

@@ -135,8 +135,10 @@ class Trial:
         text = "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
         parts = {name: {part: round(float(values.mean()), 3) for part, values in each.parts.items()}
                  for name, each in judged.items()}
-        print(text, f"diversity over four seeds: base {figures['base'].get('diversity', 0):.3f}, artaug "
-              f"{figures.get('artaug', {}).get('diversity', 0):.3f}", sep="\n")
+        print(text)
+        varied = [f"{name} {each['diversity']:.3f}" for name, each in figures.items() if "diversity" in each]
+        if varied:
+            print(f"diversity, mean 1 - cosine over four seeds: {', '.join(varied)}")
         run = self.settings.run_folder
         _write(run / "evaluate.md", text + "\n")
         told = {"settings": cli.as_dict(self.settings), "figures": figures, "parts": parts}

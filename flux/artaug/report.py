@@ -4,6 +4,7 @@ import base64
 import html
 import io
 import json
+import re
 from collections import Counter
 from pathlib import Path
 
@@ -83,7 +84,7 @@ def iteration(folder: Path) -> list[str]:
 
 def word(reason: str) -> str:
     """The rule without its figures."""
-    return reason.partition(":")[0] if ":" in reason else " ".join(reason.split()[:2]).rstrip(",")
+    return re.match(r"[^\d:,-]*", reason)[0].strip()
 
 
 def pair(folder: Path, row: dict) -> str:
