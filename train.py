@@ -206,7 +206,7 @@ def main(argv: list[str]) -> None:
         if team.leads:
             print(f"# {name} {stage}\n{cli.to_toml(settings)}", flush=True)
         if hasattr(settings, "run"):
-            if team.leads:
+            if team.leads or getattr(settings, "TOGETHER", False):
                 settings.run()
             continue
         run = settings.out / "-".join(filter(None, (name, stage)))

@@ -40,15 +40,17 @@ def rotate(x: Tensor, pe: Tensor) -> Tensor:
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor, norms: Sequence[nn.Module] = (), split: int = 0,
-              way: str = "auto") -> Tensor:
+              way: str = "auto", bias: Tensor | None = None) -> Tensor:
     """q, k, v (B, L, H, E), pe (B or 1, L, 1, E/2) -> (B, L, H*E). No mask: padded text attends too.
+
+    `bias` (B or 1, 1, L, L) is added to the logits.
 
     `norms` are the QKNorm of the tokens before `split` and of the others, or one for all; none if q and k are normalised.
     """
     if norms and (way == "triton" or not why_not(q.device, q.dtype, q.shape[-1])):
         q_scale = torch.stack([norm.query_norm.scale for norm in norms])
         k_scale = torch.stack([norm.key_norm.scale for norm in norms])
-        return rope_attention(q, k, v, q_scale, k_scale, pe, split, way=way).flatten(2)
+        return rope_attention(q, k, v, q_scale, k_scale, pe, split, bias=bias, way=way).flatten(2)
     q, k, v, pe = (x.transpose(1, 2) for x in (q, k, v, pe))                               # (B, H, L, E), also in memory:
     if len(norms) == 2:
         lengths = (split, q.shape[2] - split)
@@ -58,7 +60,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, pe: Tensor, norms: Sequence[nn.Mo
         q, k = norms[0](q, k, v)
     q = rotate(q, pe)
     k = rotate(k, pe)
-    out = F.scaled_dot_product_attention(q, k, v.contiguous())               # a CPU's is an eighth faster than (B, L, H, E)
+    out = F.scaled_dot_product_attention(q, k, v.contiguous(), attn_mask=bias)  # an eighth faster than (B, L, H, E)
     return out.transpose(1, 2).flatten(2)
 
 

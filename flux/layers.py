@@ -118,6 +118,7 @@ class DoubleStreamBlock(nn.Module):
     """Image and text keep their own weights and meet in one attention."""
 
     attention_way = "auto"  # or sdpa, triton: see kernels/rope_attention.py
+    attention_bias: Tensor | None = None  # on the logits: see flux/regional_attention.py
 
     def __init__(self, config: FluxConfig):
         super().__init__()
@@ -147,7 +148,8 @@ class DoubleStreamBlock(nn.Module):
         """
         joined = torch.cat((self.txt_attn.qkv(txt), self.img_attn.qkv(img)), dim=1)
         q, k, v = (rearrange(x, "b l (h e) -> b l h e", h=self.txt_attn.num_heads) for x in joined.chunk(3, dim=-1))
-        joined = attention(q, k, v, pe, (self.txt_attn.norm, self.img_attn.norm), txt.shape[1], self.attention_way)
+        joined = attention(q, k, v, pe, (self.txt_attn.norm, self.img_attn.norm), txt.shape[1], self.attention_way,
+                           self.attention_bias)
         return joined.split((txt.shape[1], img.shape[1]), dim=1)
 
 
@@ -155,6 +157,7 @@ class SingleStreamBlock(nn.Module):
     """Attention and MLP side by side on the joined tokens, with one projection in and one out."""
 
     attention_way = "auto"
+    attention_bias: Tensor | None = None
 
     def __init__(self, config: FluxConfig):
         super().__init__()
@@ -181,7 +184,7 @@ class SingleStreamBlock(nn.Module):
 
     def attend(self, qkv: Tensor, pe: Tensor) -> Tensor:
         q, k, v = rearrange(qkv, "b l (three h e) -> three b l h e", three=3, h=self.num_heads)
-        return attention(q, k, v, pe, (self.norm,), way=self.attention_way)
+        return attention(q, k, v, pe, (self.norm,), way=self.attention_way, bias=self.attention_bias)
 
 
 class BesideGelu(torch.autograd.Function):

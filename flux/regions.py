@@ -89,8 +89,8 @@ def weights(regions: Sequence[Region], width: int, height: int) -> Tensor:
 # --- the velocity ---
 
 def blend(v: Tensor, local: Tensor, weights: Tensor) -> Tensor:
-    """v (B, L, C), local (n, B, L, C), weights (n, L, C or 1) -> (B, L, C), summed in float32."""
-    weights = weights.unsqueeze(1).to(v.device)  # (n, 1, L, C)
+    """v (B, L, C), local (n, B, L, C), weights (n, L, C or 1), or (n, B, L, C) -> (B, L, C), summed in float32."""
+    weights = (weights if weights.ndim == 4 else weights.unsqueeze(1)).to(v.device)  # (n, 1 or B, L, C)
     return ((v.float() + (weights * local).sum(0)) / (1 + weights.sum(0))).to(v.dtype)
 
 
@@ -122,9 +122,16 @@ def velocity(under: Callable[[list[str]], Velocity], prompts: list[str], regions
 
     size: width, height in pixels. Passes of a step go together where they are no more than `batch`.
     """
-    if not regions:
+    return velocity_of_each(under, prompts, [regions] * len(prompts), size, span, batch)
+
+
+def velocity_of_each(under: Callable[[list[str]], Velocity], prompts: list[str], plans: Sequence[Sequence[Region]],
+                     size: tuple[int, int], span: tuple[float, float] = (1.0, 0.0), batch: int = 4) -> Velocity:
+    """The same where each picture has regions of its own, as many as the others."""
+    if not plans[0]:
         return under(prompts)
-    parts = [prompts, *([region.prompt] * len(prompts) for region in regions)]
+    parts = [prompts, *([region.prompt for region in areas] for areas in zip(*plans, strict=True))]
     words = [prompt for part in parts for prompt in part]
     together = under(words) if len(words) <= batch else one_by_one([under(part) for part in parts])
-    return regional(together, under(prompts), weights(regions, *size), span)
+    each = torch.stack([weights(areas, *size) for areas in plans], dim=1)  # (n, B, L, 64)
+    return regional(together, under(prompts), each, span)

@@ -6,7 +6,8 @@ for bit: modules and parameters that give way are kept and put back, nothing is 
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -204,6 +205,21 @@ def add_trained_whole(model: nn.Module, layer: str) -> TrainedDense:
     wrapper.trained = TrainedDense(base.in_features, base.out_features, base.weight.device)
     _set(model, layer, wrapper)
     return wrapper.trained
+
+
+@contextmanager
+def training(model: nn.Module, pattern: str, rank: int, alpha: float | None = None) -> Iterator[dict[str, TrainedLora]]:
+    """`add_trained` for a while: after it the model is what it was, its parameters as frozen as they were before."""
+    before, wanted = dict(model.named_modules()), [p for p in model.parameters() if p.requires_grad]
+    made = add_trained(model, pattern, rank, alpha)
+    try:
+        yield made
+    finally:
+        for layer in made:
+            _get(model, layer).trained = None
+            _set(model, layer, before[layer])
+        for parameter in wanted:
+            parameter.requires_grad_(True)
 
 
 def freeze(model: nn.Module, pattern: str) -> None:

@@ -282,7 +282,10 @@ def test_the_measuring_critic_answers_and_says_what_it_is(measured, tmp_path):
     plan, again = one.plans([(dull, "a red square on black"), (dull, "a red square on black")])
     assert plan == again and 1 <= len(plan.edits) <= 3 and not plan.refused
     assert "measuring critic, no language model" in plan.analysis and plan.critic.startswith("measuring-critic-1 at http")
-    assert all(edit.prompt.startswith("a red square on black ") for edit in plan.edits)
+    whole, subject = plan.edits
+    assert whole.box == (0, 0, 1, 1) and whole.prompt == "a red square on black on a gradient background in bright light"
+    assert subject.prompt.startswith("a large red square on black ") and subject.box == pytest.approx(
+        (0.02, 0.02, 0.37, 0.37), abs=0.02)
     for convention in boxes.CONVENTIONS:
         same, = Critic(measured, tmp_path, convention=convention).plans([(dull, "a red square on black")])
         assert [edit.box for edit in same.edits] == [pytest.approx(edit.box, abs=0.01) for edit in plan.edits]
@@ -317,8 +320,22 @@ def test_scores_follow_the_measures():
     assert all(1 <= score <= 10 for score in (*good.values(), *bad.values()))
     assert good["exposure"] > 9 > 3 > bad["exposure"] and good["contrast"] > bad["contrast"]
     edits = measuring.critique_of(dim, PROMPT, "frac", 4)["edits"]
-    assert any(edit["prompt"] == f"{PROMPT} in bright light" for edit in edits)
+    assert any("in bright light" in edit["prompt"] for edit in edits)
     assert measuring.critique_of(fine, PROMPT, "frac", 0)["edits"] == []
+
+
+@pytest.mark.parametrize(("prompt", "mend", "expected"), [
+    ("a red circle on a blue background", "gradient", "a red circle on a blue gradient background"),
+    ("a red circle on a blue gradient background", "gradient", "a red circle on a blue gradient background"),
+    ("a lighthouse", "gradient", "a lighthouse on a gradient background"),
+    ("a small star above an orange ring on a pink background", "large",
+     "a large star above a large orange ring on a pink background"),
+    ("blue ring bottom, red background", "large", "large blue ring bottom, red background"),
+    ("on a white background, a cyan cross", "large", "on a white background, a large cyan cross"),
+    ("a heart", "bright", "a heart in bright light"), ("a heart in dim light", "bright", "a heart in dim light"),
+    ("", "large", "large the same picture"), ("a b", "", "a b")])
+def test_words_go_where_a_caption_has_them(prompt, mend, expected):
+    assert measuring.mended(prompt, mend) == expected
 
 
 def shows(url):

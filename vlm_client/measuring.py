@@ -22,7 +22,7 @@ from vlm_client.boxes import Box
 
 MODEL = "measuring-critic-1"
 SAYS = "This is a measuring critic, no language model: it computes figures from pixels and does not know what they show."
-WEAK = 7.0  # a score below is a weakness
+WEAK = 9.0  # a score below is a weakness
 POINTS = 3  # weaknesses that the question asks for
 BODY_LIMIT = 64 << 20  # bytes
 PIXEL_LIMIT = 64_000_000
@@ -48,13 +48,13 @@ SCORES = {  # measure -> its values and their scores, joined by straight lines
     "balance": ((0, 0.05, 0.15, 0.3, 0.5, 1), (10, 10, 8, 6, 4, 1)),
     "clipping": ((0, 0.01, 0.05, 0.2, 0.5, 1), (10, 10, 8, 5, 3, 1)),
 }
-WORDS = {  # measure -> heading, words for too little and too much of it
-    "exposure": ("exposure and lighting", "in bright light", "in dim light"),
-    "contrast": ("exposure and lighting", "with strong light and shadow", "in soft even light"),
-    "colourfulness": ("colour", "in vivid saturated colours", "in muted natural colours"),
-    "sharpness": ("detail and texture", "in sharp focus with crisp edges", "in sharp focus with crisp edges"),
-    "balance": ("composition and camera angle", "balanced and centred", "balanced and centred"),
-    "clipping": ("exposure and lighting", "with detail in light and dark parts", "with detail in light and dark parts"),
+MENDS = {  # measure -> heading, what against too little and too much of it
+    "exposure": ("exposure and lighting", "bright", "gradient"),
+    "contrast": ("exposure and lighting", "gradient", ""),
+    "colourfulness": ("colour", "gradient", ""),
+    "sharpness": ("detail and texture", "large", "large"),
+    "balance": ("composition and camera angle", "large", "large"),
+    "clipping": ("exposure and lighting", "gradient", "gradient"),
 }
 
 
@@ -115,40 +115,63 @@ def imbalance(rgb: np.ndarray) -> float:
 
 # --- judging ---
 
-def worst_first(name: str, rgb: np.ndarray, low: bool) -> list[Box]:
-    """Nine windows of half the picture's edges, the one in which the measure is worst first; for balance the heaviest."""
-    grey = luminance(rgb)
-    value = {"exposure": grey if low else -grey, "contrast": abs(grey - grey.mean()) * (1 if low else -1),
-             "colourfulness": np.ptp(rgb, axis=-1) * (1 if low else -1), "sharpness": gradient(grey),
-             "balance": -weight(rgb), "clipping": -clipped(rgb)}[name]
-    h, w = value.shape
-    found = []
-    for y in (0, 0.25, 0.5):
-        for x in (0, 0.25, 0.5):
-            top, left = int(y * h), int(x * w)
-            part = value[top:top + (h + 1) // 2, left:left + (w + 1) // 2]
-            found.append((round(float(part.mean()), 6), (x, y, x + 0.5, y + 0.5)))
-    return [box for _, box in sorted(found)]
+WHOLE = (0.0, 0.0, 1.0, 1.0)
+OF_THE_SUBJECT = ("sharpness", "balance")  # measures that what stands out decides; the others are the whole picture's
+
+
+def subject_box(rgb: np.ndarray) -> Box:
+    """Around what stands out, half as large again; the whole picture where nothing does."""
+    heavy = weight(rgb)
+    mask = heavy > 0.4 * heavy.max()
+    if heavy.max() < 0.05:
+        return WHOLE
+    sides = []
+    for axis in (0, 1):
+        found, edge = np.flatnonzero(mask.any(axis)), mask.shape[1 - axis]
+        first, last = float(found[0] / edge), float((found[-1] + 1) / edge)
+        more = max(0.25 * (last - first), 0.05)
+        sides.append((max(0.0, first - more), min(1.0, last + more)))
+    (x0, x1), (y0, y1) = sides
+    return x0, y0, x1, y1
+
+
+def mended(prompt: str, mend: str) -> str:
+    """The prompt with words for what should be otherwise, in the place where a caption has them."""
+    words = " ".join(prompt.split()[:60]) or "the same picture"
+    if mend == "gradient":
+        if "background" not in words:
+            return f"{words} on a gradient background"
+        return words if "gradient background" in words else words.replace("background", "gradient background", 1)
+    if mend == "large":
+        sized = re.sub(r"\b(small|medium)\b", "large", words)
+        named = re.sub(r"\ban? (?!large\b|(\w+ ){0,2}background\b)", "a large ", sized)
+        return named if "large" in named else f"large {named}"
+    return words if mend != "bright" or re.search(r"\blight\b", words) else f"{words} in bright light"
 
 
 def critique_of(pil: Image.Image, prompt: str, convention: str, most: int) -> dict:
-    """The reply, as the schema has it. No window is taken twice."""
+    """The reply, as the schema has it: an edit for the subject and one for the whole, each with all the words it needs."""
     measured, scored = vars(measure(pil)), scores(pil)
     rgb = np.asarray(pil.convert("RGB"), dtype=np.float64) / 255
-    edits, taken = [], []
-    for name in sorted(scored, key=scored.get)[:min(POINTS, most)]:
-        if scored[name] >= WEAK:
-            continue
-        values, points = SCORES[name]
-        low = measured[name] < values[points.index(max(points))]
-        heading, little, much = WORDS[name]
-        box = next(box for box in worst_first(name, rgb, low) if box not in taken)
-        taken.append(box)
-        subject = " ".join(prompt.split()[:50]) or "the same picture"
-        edits.append({"box": list(boxes.from_fractions(box, convention, pil.size)), "aspect": heading,
-                      "prompt": f"{subject} {little if low else much}", "strength": 1})
+    weak = [name for name in sorted(scored, key=scored.get) if scored[name] < WEAK][:POINTS]
+    edits = []
+
+    def mends(names: list[str]) -> str:
+        words = prompt
+        for name in names:
+            values, points = SCORES[name]
+            low = measured[name] < values[points.index(max(points))]
+            words = mended(words, MENDS[name][1 if low else 2])
+        return words
+
+    whole, subject = [[name for name in weak if (name in OF_THE_SUBJECT) == local] for local in (False, True)]
+    for names, box, strength, words in ((whole, WHOLE, 0.25 if subject else 1, mends(whole)),
+                                        (subject, subject_box(rgb), 1, mends(weak))):
+        if names and words != prompt:
+            edits.append({"box": list(boxes.from_fractions(box, convention, pil.size)), "aspect": MENDS[names[0]][0],
+                          "prompt": words, "strength": strength})
     told = ", ".join(f"{name} {scored[name]:.1f}/10 ({value:.3g})" for name, value in measured.items())
-    return {"analysis": f"{SAYS} {told}; mean {np.mean(list(scored.values())):.2f}/10.", "edits": edits}
+    return {"analysis": f"{SAYS} {told}; mean {np.mean(list(scored.values())):.2f}/10.", "edits": edits[:most]}
 
 
 # --- serving ---
