@@ -3,6 +3,7 @@
 import json
 from copy import deepcopy
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -249,7 +250,7 @@ WRONG = {
     "halves rotate": swap(attention, "rotate", lambda rotate: halves),
     "rotation the other way round": swap(attention, "rotate", lambda rotate: lambda x, pe: rotate(
         x, pe.conj())),
-    "no scale in attention": swap(F, "scaled_dot_product_attention", lambda sdpa: lambda q, k, v: sdpa(q, k, v, scale=1.0)),
+    "no scale in attention": swap(F, "scaled_dot_product_attention", lambda sdpa: partial(sdpa, scale=1.0)),
     "eps 1e-5 in layer norm": swap(F, "layer_norm", lambda norm: lambda x, shape, eps: norm(x, shape, eps=1e-5)),
     "eps 1e-5 in q and k norm": swap(F, "rms_norm", lambda norm: lambda x, shape, weight=None, eps=0: norm(
         x, shape, weight, eps=1e-5)),
