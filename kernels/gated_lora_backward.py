@@ -202,7 +202,7 @@ def backward(grad: Tensor, y: Tensor, h: Tensor, B: Tensor, stats: Tensor, gate:
     tiles, tokens = len(table.tiles), M if offset is None else M // len(offset)
     dy = torch.empty(y.shape, dtype=y.dtype, device=y.device)
     by_row = stats.new_empty(tiles, N + 1, 3, M)
-    by_column = stats.new_empty(triton.cdiv(M, blocks("sweep", y.dtype)[0]), 6, O)
+    by_column = stats.new_empty(triton.cdiv(M, blocks("sweep", y.dtype, compete)[0]), 6, O)
     lse, mixed = (stats.new_empty(M, O) for _ in range(2)) if compete else (stats, stats)
     sizes, off = (M, O, N, S, tokens), stats if offset is None else offset
     how = {"COMPETE": compete, "OFFSET": offset is not None, "FAST": fast(y), "BN": BN, "BR": table.block,

@@ -268,14 +268,17 @@ def tables(layout: Layout, device: torch.device, dtype: torch.dtype) -> Tables:
     return Tables(*made, block, align, tuple(spans))
 
 
-def blocks(name: str, dtype: torch.dtype) -> tuple[int, int, int]:
-    """Rows, warps and stages. In float32 products are made without the matrix unit, of half the rows at a time."""
+def blocks(name: str, dtype: torch.dtype, compete: bool) -> tuple[int, int, int]:
+    """Rows, warps and stages. In float32 products are made without the matrix unit: half the rows, `sweep` by more warps
+    (which spills on sm_80 if LoRAs compete, as half of them do on sm_90 if not)."""
     rows, warps, stages = BLOCKS[name]
-    return 16 if dtype == torch.float32 and rows == 32 else rows, warps, stages
+    if dtype == torch.float32 and rows == 32:
+        return 16, 16 if name == "sweep" and not compete else warps, stages
+    return rows, warps, stages
 
 
 def launch(kernel: Callable, grid: Callable[[int], tuple[int, int]], *args: object, **constants: object) -> None:
-    rows, warps, stages = blocks(kernel.__name__, args[0].dtype)
+    rows, warps, stages = blocks(kernel.__name__, args[0].dtype, constants.get("COMPETE", False))
     with runtime.on(args[0].device):
         kernel[grid(rows)](*args, BM=rows, num_warps=warps, num_stages=stages, **constants)
 
@@ -319,7 +322,8 @@ def described(*kernels: Callable) -> Iterator[tuple[str, Callable, dict[str, str
         if dtype == "fp16" and form or align == 1 and block > 16:
             continue  # fp16 differs from bf16 in nothing but its instructions; the others are not launched
         for kernel in kernels:
-            rows, warps, stages = blocks(kernel.__name__, torch.float32 if dtype == "fp32" else torch.bfloat16)
+            rows, warps, stages = blocks(kernel.__name__, torch.float32 if dtype == "fp32" else torch.bfloat16,
+                                         "compete" in form)
             constants = {"GATED": not plain, "COMPETE": "compete" in form, "OFFSET": not plain, "FAST": dtype != "fp32",
                          "BM": rows, "BN": BN, "BR": block, "BF": BF, "WIDE": WIDE, "ALIGN": align}
             constants = {name: value for name, value in constants.items() if name in kernel.arg_names}
