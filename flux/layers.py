@@ -93,10 +93,10 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 def gelu_in_product(layer: nn.Module, x: Tensor) -> bool:
     """Whether gelu can be a part of oneDNN's product, which saves a pass that takes a quarter of its time, and a rounding:
-    bfloat16 on the CPU, a plain layer, no gradients."""
-    return (x.device.type == "cpu" and x.dtype == torch.bfloat16 and type(layer) is nn.Linear and not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling() and torch.backends.mkldnn.is_available()
-            and torch.ops.mkldnn._is_mkldnn_bf16_supported())
+    bfloat16 on the CPU, a plain layer of the same dtype, no gradients."""
+    return (x.device.type == "cpu" and x.dtype == torch.bfloat16 and type(layer) is nn.Linear
+            and layer.weight.dtype == x.dtype and not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            and torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
