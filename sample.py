@@ -3,6 +3,7 @@
 Nothing imported at the top here brings torch, numpy or PIL along: help and mistakes answer at once.
 """
 
+import importlib
 import math
 import sys
 from pathlib import Path
@@ -15,9 +16,7 @@ DEFAULT = "t2i"  # the recipe that is meant when the first word is none: python 
 
 def main(argv: list[str]) -> int | None:
     if argv[:1] == ["bench"]:
-        from flux import bench, bench_plans
-
-        return (bench_plans if "--random" in argv else bench).main(argv[1:])
+        return importlib.import_module("flux.bench_plans" if "--random" in argv else "flux.bench").main(argv[1:])
     found = cli.recipes()
     named = argv[0] if argv and argv[0] in found else None
     words = argv[1:] if named else argv
