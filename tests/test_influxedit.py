@@ -12,6 +12,8 @@ import sample
 import train
 from flux import adapters, cli, conditioning, config, data, edits, fill, flow, latents, lora_names, pictures, weights
 from flux.demo import edits as demo
+from flux.demo import referee
+from flux.demo import scene as world
 from flux.edit_training import TrainEdit
 from flux.edit_trial import CompareEdits, EvaluateEdits, Trial
 from flux.edits import Layout
@@ -369,3 +371,17 @@ def test_commands_are_listed():
     for name in ("influxedit", "fill"):
         assert cli.describe(cli.recipes()[name]).sample.positional == "request"
     assert set(cli.describe(cli.recipes()["influxedit"]).train) == {"", "evaluate", "compare"}
+
+
+def test_the_shipped_lora_fills_the_outline():
+    """One held-out pair of colours; the measured share is in the README."""
+    outline = Path(__file__).parents[1] / "docs" / "outline.png"
+    lora = str(weights.DEMO / "circle.safetensors")
+    sample.main(["influxedit", str(outline), "purple circle with yellow background", "--lora", lora, *CPU])
+    line = np.asarray(pictures.read(outline))[..., 0] > 128
+    rows, columns = np.nonzero(line)
+    circle = world.Thing("circle", "purple", "", "", 0, 0, 0)
+    verdict = referee.judge(np.asarray(drawn()), world.Scene((circle,), "yellow"))
+    found, = verdict.seen.things
+    assert verdict.right and abs(found.x * 128 - columns.mean()) < 4 and abs(found.y * 128 - rows.mean()) < 4
+    assert abs(2 * found.radius * 128 - (columns.max() - columns.min())) < 8
