@@ -100,7 +100,7 @@ def test_a_term_left_out(trained):
             parameter += 0.1
     for term in ("weight_cross", "time", "mix"):
         for name, tensor in fusion_trial.without(read, term).state_dict().items():
-            assert torch.equal(tensor, read.state_dict()[name]) != (name.split(".")[2] == term), name
+            assert torch.equal(tensor, read.state_dict()[name]) != (name.split(".")[2:3] == [term]), name
 
 
 def test_an_interval_by_hand():
