@@ -49,8 +49,8 @@ class How:
     tokens: bool = True
     modulated: bool = True  # else by the mean of all times and blocks
     token_guidance: float = 1.0
-    tile: int = 1024
-    overlap: int = 128
+    tile: int = 1024  # pixels, a multiple of 64
+    overlap: int = 0  # pixels, a multiple of 16
     colour_fix: bool = True
     seed: int = 0
 

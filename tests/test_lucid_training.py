@@ -13,7 +13,7 @@ from flux.config import DEMO, LUCID
 from flux.demo import scene as world
 from flux.errors import UserError
 from flux.lucid_training import BranchesTask, Pairs, SwinirTask, TrainBranches, TrainSwinir
-from flux.lucid_trial import per_degradation, verdict
+from flux.lucid_trial import Evaluate, per_degradation, verdict
 from flux.swinir import Swinir
 
 PARTS = ("condition_lq", "condition_ldr", "modulation_lq", "modulation_ldr", "connector")
@@ -83,6 +83,23 @@ def test_dropped_tokens_leave_the_connector_alone(files):
     made.loss(made.batch(0, 0)).mean().backward()
     assert not made.model.connector.redux_up.weight.grad.any()
     assert made.model.condition_lq.controlnet_blocks[0].weight.grad.abs().max() > 0
+
+
+def test_what_is_learned_is_looked_at_and_measured(files, tmp_path, monkeypatch):
+    """The preview of a run, its files, and the evaluation that reads them."""
+    made = task(files)
+    object.__setattr__(made, "config", replace(made.config, steps=1))
+    assert made.preview().width > 8 * 128
+    for name in ("flux", "ae", "siglip"):
+        (tmp_path / f"{name}.safetensors").symlink_to(weights.DEMO / f"{name}.safetensors")
+    for name, path in files.items():
+        (tmp_path / f"{'prompt_embeddings' if name == 'prompt' else name}.safetensors").symlink_to(path)
+    monkeypatch.setattr(weights, "DEMO", tmp_path)
+    made.save(tmp_path)
+    Evaluate(count=2, steps=1, out=tmp_path / "out", ablations=False).run()
+    table = (tmp_path / "out" / "lucidflux.md").read_text()
+    assert "| fidelity 0.25 |" in table and "| the autoencoder alone |" in table
+    assert (tmp_path / "out" / "lucidflux.png").exists()
 
 
 def test_times_are_those_of_the_preset():
