@@ -55,6 +55,12 @@ class LoraLinear(nn.Module):
         self.plan: Plan | Apart = Plan()
         self.trained: TrainedLora | TrainedDense | None = None
 
+    @property
+    def plain(self) -> nn.Module:
+        """`base` where nothing is added to it: then whatever is quicker for that layer alone gives the same bits."""
+        parts = (self.trained, *vars(self.plan).values())
+        return self.base if all(part is None or isinstance(part, list) and not part for part in parts) else self
+
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out). Inputs beyond the layer's own are seen by the LoRAs alone (control LoRAs)."""
         own, plan = x[..., :self.base.in_features], self.plan
