@@ -46,7 +46,7 @@ def ssim(a: Tensor, b: Tensor) -> Tensor:
 
 def of_pixels(measure: Callable[[Tensor, Tensor], Tensor], a: np.ndarray, b: np.ndarray) -> float:
     """One of the above for two pictures (H, W, 3) or their greys (H, W), in 0 .. 255."""
-    shown = (torch.from_numpy(np.ascontiguousarray(x if x.ndim == 3 else x[..., None])) for x in (a, b))
+    shown = (torch.from_numpy(np.array(x if x.ndim == 3 else x[..., None])) for x in (a, b))
     return measure(*(x.permute(2, 0, 1)[None].double() / 255 for x in shown)).item()
 
 

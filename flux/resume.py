@@ -95,7 +95,7 @@ def _write_split(folder: Path, tensors: dict[str, Tensor]) -> None:
         numbers = {getattr(one, "errno", None) for one, _ in error.failures.values()}
         if not numbers & {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}:
             raise
-        needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(folder.parent).free
+        needed, free = sum(tensor.nbytes for tensor in tensors.values()), shutil.disk_usage(folder.parents[1]).free
         raise OSError(errno.ENOSPC, f"no room: {needed} bytes needed, {free} free", str(folder)) from error
 
 
