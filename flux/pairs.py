@@ -133,11 +133,12 @@ def check(path: Path, edge: int) -> None:
     """What training would find, and how much of the pictures changes."""
     items = find(path)
     found = data.check(path, edge, items)
-    changes = [_change(item) for item in found.items[:200]]
+    looked = found.items[:200]
+    changes = [_change(item) for item in looked]
     masks = "with a mask each" if items[0].mask else "without masks"
     print(f"{len(items)} pairs {masks}; mean change {sum(changes) / max(len(changes), 1):.1f} of 255"
-          + (f" (of the first {len(changes)})" if len(found.items) > len(changes) else ""))
-    same = [item.path for item, change in zip(found.items, changes, strict=False) if change == 0]
+          + (f" (of the first {len(looked)})" if len(found.items) > len(looked) else ""))
+    same = [item.path for item, change in zip(looked, changes, strict=True) if change == 0]
     if same:
         print(f"{len(same)} targets equal to their sources:", *(f"  {path}" for path in same), sep="\n")
 

@@ -61,8 +61,8 @@ class Lpips(nn.Module):
         self.convolutions = nn.ModuleList(nn.Conv2d(columns, rows, edge, stride=4 if edge == 11 else 1,
                                                     padding=2 if edge > 3 else 1) for rows, columns, edge in self.SHAPES)
         self.linear = nn.ParameterList(torch.zeros(1, rows, 1, 1) for rows, _, _ in self.SHAPES)
-        self.register_buffer("shift", torch.tensor((-0.030, -0.088, -0.188)).view(1, 3, 1, 1))
-        self.register_buffer("scale", torch.tensor((0.458, 0.448, 0.450)).view(1, 3, 1, 1))
+        self.register_buffer("shift", torch.tensor((-0.030, -0.088, -0.188)).view(1, 3, 1, 1), persistent=False)
+        self.register_buffer("scale", torch.tensor((0.458, 0.448, 0.450)).view(1, 3, 1, 1), persistent=False)
 
     @torch.no_grad()
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
@@ -87,5 +87,5 @@ def load_lpips(paths: Sequence[Path]) -> Lpips | None:
     if wrong:
         raise UserError(f"--lpips {', '.join(map(str, paths))}: {wrong[0]} is missing or of another shape "
                         f"({len(wrong)} are), expected torchvision's alexnet and the alex.pth of lpips 0.1; name both")
-    network.load_state_dict({name: state[theirs].float() for name, theirs in names.items()}, strict=False)
+    network.load_state_dict({name: state[theirs].float() for name, theirs in names.items()})
     return network.eval()
