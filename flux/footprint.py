@@ -7,6 +7,7 @@ strip-wise decoder or a stored weight needs no formula here.
 
 import weakref
 from collections.abc import Callable
+from contextvars import ContextVar
 
 import torch
 import torch.nn.functional as F
@@ -14,6 +15,13 @@ from torch import Tensor, UntypedStorage
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+_counted_for = ContextVar("counted_for", default="meta")
+
+
+def runs_on(x: Tensor) -> str:
+    """cpu, cuda, ...: where x is; while memory is counted, where it will be."""
+    return _counted_for.get() if x.is_meta else x.device.type
 
 
 class _Counting(TorchDispatchMode):
@@ -66,9 +74,15 @@ class _Kernels(TorchFunctionMode):
 
 
 @torch.inference_mode()
-def peak(work: Callable[[], object]) -> int:
-    """Bytes that `work` holds at most beyond what was there before; all its tensors must be on the meta device."""
-    counting = _Counting()
-    with torch.device("meta"), _Kernels(), counting:
-        work()
+def peak(work: Callable[[], object], place: str = "meta") -> int:
+    """Bytes that `work` holds at most beyond what was there before; all its tensors must be on the meta device.
+
+    place: cpu where it is the CPU's way of computing that counts.
+    """
+    counting, before = _Counting(), _counted_for.set(place)
+    try:
+        with torch.device("meta"), _Kernels(), counting:
+            work()
+    finally:
+        _counted_for.reset(before)
     return counting.most

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from flux.attention import attention
 from flux.config import FluxConfig
+from flux.footprint import runs_on
 
 
 def time_embedding(t: Tensor, dim: int = 256, max_period: float = 10_000, time_factor: float = 1000.0) -> Tensor:
@@ -94,7 +95,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def beside_gelu(layer: nn.Module, x: Tensor) -> nn.Linear | None:
     """The layer, if gelu can be a part of its product by oneDNN, which saves a pass that takes a quarter of its time, and in
     bfloat16 a rounding: on the CPU, a plain layer of the input's dtype, no gradients. Else None."""
-    if x.device.type != "cpu" or torch.is_grad_enabled() or torch.compiler.is_compiling() or not in_onednn(x.dtype):
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or runs_on(x) != "cpu" or not in_onednn(x.dtype):
         return None
     layer = getattr(layer, "plain", layer)  # LoRAs at strength 0 change nothing
     return layer if type(layer) is nn.Linear and layer.weight.dtype == x.dtype else None

@@ -52,7 +52,9 @@ def parts(model: Preset, layouts: Mapping[str, Layout], sizes: Sizes, on_cpu: bo
     rows = sizes.batch * (1 + sizes.guided)
     tokens, img = text_tokens(model, sizes), image_tokens(sizes)
     kinds, of_layers = ("double_blocks", "single_blocks"), way if way in storage.DTYPES else "plain"
-    of_kind = {kind: step(model.flux, kind, dtype, of_layers, rows, img, tokens) for kind in kinds}
+    of_loras = factors(loras, ("flux",), dtype)
+    place = "cpu" if on_cpu and not of_loras else "meta"  # layers with a LoRA have no gelu in their product
+    of_kind = {kind: step(model.flux, kind, dtype, of_layers, rows, img, tokens, place) for kind in kinds}
     transformer, of_step = loaded("flux"), max(of_kind.values())
     if way == "streamed":
         pairs = coming(layouts["flux"], dtype, on_cpu)
@@ -75,7 +77,7 @@ def parts(model: Preset, layouts: Mapping[str, Layout], sizes: Sizes, on_cpu: bo
         "autoencoder": loaded("ae"),
         "encode": max((encode(model, dtype, in_strips, *size) for size in sizes.encoded), default=0),
         "transformer": transformer,
-        "LoRAs": factors(loras, ("flux",), dtype),
+        "LoRAs": of_loras,
         "ControlNet": loaded("control") + residuals,
         "step": of_step,
         "decode": decode(model, dtype, in_strips, sizes.batch, sizes.width, sizes.height),
@@ -141,8 +143,8 @@ def factors(loras: Iterable[Given], networks: tuple[str, ...], dtype: torch.dtyp
 # Computing on shapes: bytes beside the weights. One block of a kind stands for all, as each frees what it made.
 
 @cache
-def step(config: FluxConfig, kind: str, dtype: torch.dtype, way: str, rows: int, img: int, txt: int) -> int:
-    """Of a velocity through blocks of one kind, for L = img + txt tokens."""
+def step(config: FluxConfig, kind: str, dtype: torch.dtype, way: str, rows: int, img: int, txt: int, place: str) -> int:
+    """Of a velocity through blocks of one kind, for L = img + txt tokens. place: see `footprint.peak`."""
     depth, single = (1, 0) if kind == "double_blocks" else (0, 1)
     config = replace(config, depth=depth, depth_single_blocks=single)
     model = shapes(lambda: Flux(config), dtype)
@@ -154,7 +156,7 @@ def step(config: FluxConfig, kind: str, dtype: torch.dtype, way: str, rows: int,
                                                                                         dtype=dtype)
         vec, t = torch.empty(rows, config.vec_in_dim, dtype=dtype), torch.empty(rows, dtype=dtype)
         return model(x, torch.empty(1, img, 3), words, torch.empty(1, txt, 3), vec, t, t)
-    return footprint.peak(velocity)
+    return footprint.peak(velocity, place)
 
 
 @cache
