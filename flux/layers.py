@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from flux.attention import attention
 from flux.config import FluxConfig
-from flux.footprint import runs_on
+from flux.linear import Linear, beside_gelu, product
 
 
 def time_embedding(t: Tensor, dim: int = 256, max_period: float = 10_000, time_factor: float = 1000.0) -> Tensor:
@@ -30,8 +30,8 @@ def time_embedding(t: Tensor, dim: int = 256, max_period: float = 10_000, time_f
 class MLPEmbedder(nn.Module):
     def __init__(self, in_dim: int, hidden_size: int):
         super().__init__()
-        self.in_layer = nn.Linear(in_dim, hidden_size)
-        self.out_layer = nn.Linear(hidden_size, hidden_size)
+        self.in_layer = Linear(in_dim, hidden_size)
+        self.out_layer = Linear(hidden_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.out_layer(F.silu(self.in_layer(x)))
@@ -70,9 +70,9 @@ class SelfAttention(nn.Module):
     def __init__(self, hidden_size: int, num_heads: int, qkv_bias: bool):
         super().__init__()
         self.num_heads = num_heads
-        self.qkv = nn.Linear(hidden_size, 3 * hidden_size, bias=qkv_bias)
+        self.qkv = Linear(hidden_size, 3 * hidden_size, bias=qkv_bias)
         self.norm = QKNorm(hidden_size // num_heads)
-        self.proj = nn.Linear(hidden_size, hidden_size)
+        self.proj = Linear(hidden_size, hidden_size)
 
 
 class Modulation(nn.Module):
@@ -81,7 +81,7 @@ class Modulation(nn.Module):
     def __init__(self, hidden_size: int, count: int):
         super().__init__()
         self.count = count
-        self.lin = nn.Linear(hidden_size, count * hidden_size)
+        self.lin = Linear(hidden_size, count * hidden_size)
 
     def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
         return self.lin(F.silu(vec))[:, None].chunk(self.count, dim=-1)
@@ -92,33 +92,14 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     return torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale)
 
 
-def beside_gelu(layer: nn.Module, x: Tensor) -> nn.Linear | None:
-    """The layer, if gelu can be a part of its product by oneDNN, which saves a pass that takes a quarter of its time, and in
-    bfloat16 a rounding: on the CPU, a plain layer of the input's dtype, no gradients. Else None."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or runs_on(x) != "cpu" or not in_onednn(x.dtype):
-        return None
-    layer = getattr(layer, "plain", layer)  # LoRAs at strength 0 change nothing
-    return layer if type(layer) is nn.Linear and layer.weight.dtype == x.dtype else None
-
-
-def in_onednn(dtype: torch.dtype) -> bool:
-    if not torch.backends.mkldnn.is_available():
-        return False
-    return dtype == torch.float32 or (dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
-def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "tanh")
-
-
 class MLP(nn.Sequential):
     def __init__(self, config: FluxConfig):
-        super().__init__(nn.Linear(config.hidden_size, config.mlp_hidden), nn.GELU(approximate="tanh"),
-                         nn.Linear(config.mlp_hidden, config.hidden_size))
+        super().__init__(Linear(config.hidden_size, config.mlp_hidden), nn.GELU(approximate="tanh"),
+                         Linear(config.mlp_hidden, config.hidden_size))
 
     def forward(self, x: Tensor) -> Tensor:
         if (first := beside_gelu(self[0], x)) is not None:
-            return self[2](linear_gelu(x, first.weight, first.bias))
+            return self[2](product(x, first.weight, first.bias, gelu=True))
         return super().forward(x)
 
 
@@ -171,8 +152,8 @@ class SingleStreamBlock(nn.Module):
         super().__init__()
         self.num_heads = config.num_heads
         self.mlp_hidden = config.mlp_hidden
-        self.linear1 = nn.Linear(config.hidden_size, 3 * config.hidden_size + config.mlp_hidden)
-        self.linear2 = nn.Linear(config.hidden_size + config.mlp_hidden, config.hidden_size)
+        self.linear1 = Linear(config.hidden_size, 3 * config.hidden_size + config.mlp_hidden)
+        self.linear2 = Linear(config.hidden_size + config.mlp_hidden, config.hidden_size)
         self.norm = QKNorm(config.head_dim)
         self.modulation = Modulation(config.hidden_size, 3)
 
@@ -186,7 +167,7 @@ class SingleStreamBlock(nn.Module):
         rows = 3 * x.shape[-1], self.mlp_hidden
         if (linear1 := beside_gelu(self.linear1, x)) is not None:
             (qkv, mlp), (qkv_bias, mlp_bias) = linear1.weight.split(rows), linear1.bias.split(rows)
-            return torch.cat((self.attend(F.linear(x, qkv, qkv_bias), pe), linear_gelu(x, mlp, mlp_bias)), dim=-1)
+            return torch.cat((self.attend(product(x, qkv, qkv_bias), pe), product(x, mlp, mlp_bias, gelu=True)), dim=-1)
         qkv, mlp = self.linear1(x).split(rows, dim=-1)
         return BesideGelu.apply(self.attend(qkv, pe), mlp)
 
@@ -221,8 +202,8 @@ class BesideGelu(torch.autograd.Function):
 class LastLayer(nn.Module):
     def __init__(self, hidden_size: int, out_channels: int):
         super().__init__()
-        self.linear = nn.Linear(hidden_size, out_channels)
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+        self.linear = Linear(hidden_size, out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(hidden_size, 2 * hidden_size))
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)

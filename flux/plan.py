@@ -17,6 +17,7 @@ from flux.adapters import Given
 from flux.config import FluxConfig, Preset
 from flux.errors import UserError
 from flux.inputs import Inputs
+from flux.linear import Linear
 from flux.memory import Layout, Sizes
 from flux.model import Flux
 from flux.settings import Conditioned
@@ -156,7 +157,7 @@ def estimate(plan: Plan, model: Preset, sizes: Sizes, layout: Layout, place: tor
     On a GPU streamed weights come while it computes; on the CPU widening them takes turns with the products.
     """
     tokens, width, count = 512, 1024, sum(t.numel() for t in layout.values() if t.ndim == 2)
-    x, linear = torch.randn(tokens, width, device=place, dtype=plan.dtype), nn.Linear(width, 4 * width)
+    x, linear = torch.randn(tokens, width, device=place, dtype=plan.dtype), Linear(width, 4 * width)
     linear = linear.to(place, plan.dtype)
     once = timed(lambda: linear(x), place)
     products = operations(model.flux, sizes, memory.text_tokens(model, sizes)) / (2 * tokens * linear.weight.numel()) * once

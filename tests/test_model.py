@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import nn
 
-from flux import attention, latents, layers, model
+from flux import attention, latents, layers, linear, model
 from flux.config import TINY, FluxConfig
 from flux.layers import LastLayer, MLPEmbedder, Modulation, QKNorm, time_embedding
 from flux.model import Flux
@@ -424,6 +424,21 @@ def test_gelu_beside_attention_is_its_two_operations():
     compiled = torch.compile(lambda a, b: joined(a, b).square().sum(), backend="aot_eager", fullgraph=True)
     compiled(a, b).backward()
     torch.testing.assert_close(b.grad, torch.autograd.grad(F.gelu(b, approximate="tanh").square().sum(), b)[0])
+
+
+@pytest.mark.parametrize("bias", (True, False))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
+def test_a_product_by_onednn_is_as_exact_as_torchs(dtype, bias):
+    """Without gradients; bit-equal in bfloat16, on which runs with LoRAs that add nothing depend. One token and many."""
+    torch.manual_seed(0)
+    layer = linear.Linear(100, 36, bias=bias).to(dtype)
+    for x in (torch.randn(3, 57, 100).to(dtype), torch.randn(1, 100).to(dtype), torch.randn(0, 100).to(dtype)):
+        exact, other = deepcopy(layer).double()(x.double()), layer(x)
+        with torch.no_grad():
+            mine = layer(x)
+        assert mine.dtype == dtype and mine.shape == other.shape and not mine.requires_grad
+        assert (mine - exact).norm() <= 1.1 * (other - exact).norm() + 1e-7 * exact.norm()
+        assert dtype == torch.float32 or torch.equal(mine, other)
 
 
 def test_gelu_is_as_exact_within_the_product_as_after_it():
