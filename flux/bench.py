@@ -30,6 +30,7 @@ from flux.autoencoder import AutoEncoder
 from flux.clip import ClipText
 from flux.config import AutoEncoderConfig, ClipTextConfig, FluxConfig, T5Config
 from flux.errors import UserError
+from flux.linear import Linear
 from flux.model import Flux
 from flux.t5 import T5Encoder
 
@@ -110,6 +111,9 @@ def network(bench: Bench, who: str, place: torch.device, dtype: torch.dtype) -> 
     txt_ids = torch.zeros(bench.text_tokens, 3, device=place)
     if who == "compiled":
         compiled.compile_blocks(flux)
+    for layer in flux.modules() if who == "formulation" else ():
+        if isinstance(layer, Linear):
+            layer.__class__ = nn.Linear  # its products are torch's
     if who != "diffusers":
         flux = flux.to(place, dtype)
         forward = flux if who != "formulation" else lambda *inputs: formulation(flux, *inputs)
@@ -212,7 +216,8 @@ WORK = {"transformer": (transformer, ("diffusers", "formulation", "compiled")),
 
 
 # The same network in the steps of the original release (black-forest-labs/flux, which cannot be imported beside us):
-# tokens behind heads in memory, rotation by 2x2 matrices, norms and modulation written out. None of its code is here.
+# tokens behind heads in memory, rotation by 2x2 matrices, norms and modulation written out, torch's linear layers. None
+# of its code is here.
 
 def formulation(flux: Flux, img, img_ids, txt, txt_ids, vec, t, guidance) -> Tensor:
     vec = flux.condition(vec, t, guidance)
