@@ -215,7 +215,7 @@ DEMO_FILL = replace(DEMO, name="demo-fill", flux=replace(DEMO.flux, in_channels=
 LUCID = {  # what restores with which member of the family
     "dev": LucidConfig(),
     "demo": LucidConfig(depth=1, eps=1.0, siglip=DEMO.siglip, prompt="", guidance=1.0, swinir=SwinirConfig(
-        embed_dim=60, depths=(4, 4), num_heads=(3, 3), num_feat=24)),
+        embed_dim=96, depths=(4, 4), num_heads=(3, 3), num_feat=24)),
 }
 PRESETS = {preset.name: preset for preset in (DEMO, DEV, KREA, SCHNELL, FILL, KONTEXT, CANNY, DEPTH, DEMO_FILL)}
 
