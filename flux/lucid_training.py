@@ -38,7 +38,6 @@ from flux.errors import UserError
 from flux.settings import Training
 from flux.swinir import Swinir
 
-
 FINE = 1e-4  # mean squared error, of 40 dB, below which it matters less
 
 
