@@ -45,8 +45,8 @@ class Bench:
 
     part: tuple[Literal["transformer", "backward", "clip", "t5", "decode"], ...] = (  # what to time (default all)
         "transformer", "backward", "clip", "t5", "decode")
-    against: tuple[Literal["diffusers", "transformers", "formulation", "compiled"], ...] = (
-        # contenders; formulation: ours in the original's steps; compiled: by --compile (default: what is installed)
+    against: tuple[Literal["diffusers", "transformers", "formulation", "compiled", "diffusers-compiled"], ...] = (
+        # contenders; formulation: ours in the original's steps; compiled: ours by --compile (default: what is installed)
     )
     dtype: tuple[Literal["fp32", "bf16"], ...] = ("fp32",)  # of weights and inputs (default fp32)
     device: str = "auto"  # cpu, cuda or cuda:1; auto takes a GPU if there is one
@@ -114,7 +114,7 @@ def network(bench: Bench, who: str, place: torch.device, dtype: torch.dtype) -> 
     for layer in flux.modules() if who == "formulation" else ():
         if isinstance(layer, Linear):
             layer.__class__ = nn.Linear  # its products are torch's
-    if who != "diffusers":
+    if not who.startswith("diffusers"):
         flux = flux.to(place, dtype)
         forward = flux if who != "formulation" else lambda *inputs: formulation(flux, *inputs)
         return flux, img, lambda img: forward(img, img_ids[None], txt, txt_ids[None], vec, t, guidance)
@@ -124,6 +124,8 @@ def network(bench: Bench, who: str, place: torch.device, dtype: torch.dtype) -> 
     theirs = FluxTransformer2DModel(num_layers=config.depth, num_single_layers=config.depth_single_blocks,
                                     num_attention_heads=config.num_heads, guidance_embeds=True)
     theirs.load_state_dict(renamed(flux, "flux", place, dtype), assign=True)
+    if who == "diffusers-compiled":
+        theirs.compile(dynamic=False)
     return theirs, img, lambda img: theirs(img, txt, vec, t, img_ids, txt_ids, guidance, return_dict=False)[0]
 
 
@@ -210,8 +212,8 @@ def decode(bench: Bench, who: str, place: torch.device, dtype: torch.dtype) -> W
     return torch.no_grad()(lambda: theirs.decode(latents / scale + shift, return_dict=False)[0])
 
 
-WORK = {"transformer": (transformer, ("diffusers", "formulation", "compiled")),
-        "backward": (backward, ("diffusers", "formulation", "compiled")),
+WORK = {"transformer": (transformer, ("diffusers", "formulation", "compiled", "diffusers-compiled")),
+        "backward": (backward, ("diffusers", "formulation", "compiled", "diffusers-compiled")),
         "clip": (clip, ("transformers",)), "t5": (t5, ("transformers",)), "decode": (decode, ("diffusers",))}
 
 
@@ -326,7 +328,7 @@ def relative_error(ours: Tensor, theirs: Tensor) -> float:
     return ((ours - theirs).abs().max() / theirs.abs().max()).item()
 
 
-def timed(work: Work, place: torch.device, clock: Callable[[], float]) -> float:
+def timed(work: Work, place: torch.device, clock: Callable[[], float] = time.perf_counter) -> float:
     """Seconds."""
     wait(place)
     start = clock()
@@ -388,10 +390,10 @@ def main(argv: list[str]) -> None:
         return
     bench = Bench(**cli.parse(argv, command))
     absent = [who for who in LIBRARIES if not installed(who)]
-    if lacking := [who for who in absent if who in bench.against]:
+    if lacking := [who for who in absent if who in [other.partition("-")[0] for other in bench.against]]:
         raise UserError(f"--against {lacking[0]} is not installed, expected a library that is; pip install {lacking[0]}")
     place, _ = device.choose(bench.device)
-    if "compiled" in bench.against:
+    if any(who.endswith("compiled") for who in bench.against):
         compiled.check(place)
     print(heading(bench, place), flush=True)
     if absent and not bench.against:

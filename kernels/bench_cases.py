@@ -46,16 +46,31 @@ def with_gradients(function: Callable, given: list[Tensor], weight: Tensor) -> l
 # Attention.
 
 
+def turned(x: Tensor, scale: Tensor, pe: Tensor) -> Tensor:
+    """Norm and rotation in eager PyTorch, on real numbers so that torch.compile can generate code for it."""
+    normed = F.rms_norm(x.float(), scale.shape[1:], eps=1e-6).to(x.dtype) * scale[0]
+    even, odd = normed.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = torch.view_as_real(pe).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).to(x.dtype)
+
+
 def chain(q: Tensor, k: Tensor, v: Tensor, scales: list[Tensor], pe: Tensor) -> Tensor:
-    """Norm, rotation and attention in eager PyTorch, on real numbers so that torch.compile can generate code for it."""
-    turned = []
-    for x, scale in zip((q, k), scales, strict=True):
-        normed = F.rms_norm(x.float(), scale.shape[1:], eps=1e-6).to(x.dtype) * scale[0]
-        even, odd = normed.float().unflatten(-1, (-1, 2)).unbind(-1)
-        cos, sin = torch.view_as_real(pe).unbind(-1)
-        pairs = torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1)
-        turned.append(pairs.flatten(-2).to(x.dtype).transpose(1, 2))
-    return F.scaled_dot_product_attention(*turned, v.transpose(1, 2)).transpose(1, 2)
+    """All of it in eager PyTorch."""
+    q, k = (turned(x, scale, pe) for x, scale in zip((q, k), scales, strict=True))
+    return F.scaled_dot_product_attention(*(x.transpose(1, 2) for x in (q, k, v))).transpose(1, 2)
+
+
+def before_attention(name: str, dtype: str, q: Tensor, k: Tensor, q_scale: Tensor, k_scale: Tensor, pe: Tensor) -> Case:
+    """The pre-pass: q and k read, normalised, turned and written."""
+    pairs, table = ((q, q_scale), (k, k_scale)), rope_attention._real(pe)
+    exact = [rope_attention.norm_rope_reference(x.detach().double(), scale.detach().double(), pe) for x, scale in pairs]
+    ways = {"eager": lambda x, scale: turned(x, scale, pe)}
+    if q.is_cuda:
+        ways["compiled"] = torch.compile(ways["eager"], dynamic=False)
+    if not rope_attention.why_not(q.device, q.dtype, q.shape[-1]):
+        ways["ours"] = lambda x, scale: rope_attention.norm_rope(x, scale, table, 0, 1.0)
+    return Case(name, dtype, exact, {way: torch.no_grad()(lambda how=how: [how(x, scale) for x, scale in pairs])
+                                     for way, how in ways.items()}, 4 * q.numel() * q.itemsize, 0)
 
 
 def attention_cases(device: torch.device, dtypes: list[str], lengths: list[int]) -> Iterator[Case]:
@@ -63,6 +78,7 @@ def attention_cases(device: torch.device, dtypes: list[str], lengths: list[int])
     for length in lengths or ([1536, 4608, 16896] if device.type == "cuda" else [63]):
         for dtype in dtypes:
             given, pe = attention_inputs(device, DTYPES[dtype], batch, length, heads, width)
+            yield before_attention(f"q and k alone {batch}x{length}x{heads}x{width}", dtype, *given[:2], *given[3:], pe)
             weight = torch.randn(batch, length, heads, width, device=device).to(DTYPES[dtype])
             few = [x.detach()[:, :, :1].double() if x.dim() == 4 else x.detach().double() for x in given]
             exact = with_gradients(lambda *x, pe=pe: rope_attention.reference(*x, pe)[0], few, weight[:, :, :1].double())[:4]

@@ -8,6 +8,7 @@ import torch
 
 from flux import bench, device
 from flux.errors import UserError
+from lora import bench as lora_bench
 
 TOY = bench.Bench(repeats=2, memory=False, hidden=128, depth=1, single=1, image_tokens=40, text_tokens=8, clip_width=64,
                   clip_layers=1, t5_width=64, t5_layers=1, ae_width=32, latent=2, device="cpu")
@@ -74,3 +75,12 @@ def test_mistakes_are_told_before_anything_runs(words, said, monkeypatch):
     monkeypatch.setattr(bench, "installed", lambda who: False)
     with pytest.raises(UserError, match=said):
         bench.main(words.split())
+
+
+def test_what_loras_cost_is_measured_at_toy_sizes(monkeypatch, capsys):
+    """Gates equal their definition; every part of `python -m lora.bench` that takes sizes has its rows."""
+    monkeypatch.setitem(lora_bench.SIZES, "small", TOY)
+    lora_bench.main(["--part", "run-time", "--part", "gated", "--part", "step", "--rounds", "1", "--rank", "2"])
+    rows = [line.split(" | ") for line in capsys.readouterr().out.splitlines()[3:]]
+    assert [row[1].split(",")[0].strip(" |") for row in rows] == ["merged", "merged", "no LoRA", "gates as defined", "kept"]
+    assert all(float(row[4].strip(" |")) < 1e-5 for row in rows if row[4].strip(" |") != "-")
