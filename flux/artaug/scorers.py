@@ -102,8 +102,8 @@ class Demo:
 
 
 def palette(pil: Image.Image) -> float:
-    """1 to 10, in OKLab: how far lightness reaches, from its 5th to its 95th percentile, how near its mean is to middle grey,
-    and how far hues lie apart."""
+    """1 to 10, in OKLab: how far lightness reaches, from its 5th to its 95th percentile, how near its mean is to middle
+    grey, and how far hues lie apart."""
     lightness, a, b = np.moveaxis(oklab(pil), -1, 0)
     low, high = np.percentile(lightness, (5, 95))
     reach, middle, hues = (high - low) / 0.6, 1 - abs(lightness.mean() - 0.6) / 0.45, np.hypot(a.std(), b.std()) / 0.15
