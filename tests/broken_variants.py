@@ -104,7 +104,7 @@ VARIANTS = (  # promise, what is broken, file, text that stands there once, its 
      "for r in range(first, stop, BR):", "for r in range(first, tl.minimum(stop, first + BR), BR):",
      "test_gated_lora.py::test_kernels_interpreted"),
     ("kernels", "competing gates do not add to one", "kernels/gated_lora_forward.py",
-     "            weighted /= exps\n", "", "test_gated_lora.py::test_kernels_interpreted"),
+     "            weighted /= exps\n", "            weighted *= 1\n", "test_gated_lora.py::test_kernels_interpreted"),
     ("kernels", "gelu before the bias", "flux/linear.py", "return torch.ops.mkldnn._linear_pointwise(x, weight, bias,",
      "return bias + torch.ops.mkldnn._linear_pointwise(x, weight, None,",
      "test_model.py::test_gelu_is_as_exact_within_the_product_as_after_it"),
