@@ -139,6 +139,7 @@ class SwinirConfig:
     mlp_ratio: float = 2.0
     unshuffle_scale: int = 8  # pixels per cell, along one edge
     num_feat: int = 64  # channels on the way back to pixels
+    keeps: bool = False  # say pixel by pixel how much of the input to keep: else nothing clean comes back as it is (ours)
 
     def __post_init__(self):
         for name in ("depths", "num_heads"):
@@ -215,7 +216,7 @@ DEMO_FILL = replace(DEMO, name="demo-fill", flux=replace(DEMO.flux, in_channels=
 LUCID = {  # what restores with which member of the family
     "dev": LucidConfig(),
     "demo": LucidConfig(depth=1, eps=1.0, siglip=DEMO.siglip, prompt="", guidance=1.0, swinir=SwinirConfig(
-        embed_dim=96, depths=(4, 4), num_heads=(3, 3), num_feat=24)),
+        embed_dim=96, depths=(4, 4), num_heads=(3, 3), num_feat=24, keeps=True)),
 }
 PRESETS = {preset.name: preset for preset in (DEMO, DEV, KREA, SCHNELL, FILL, KONTEXT, CANNY, DEPTH, DEMO_FILL)}
 

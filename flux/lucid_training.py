@@ -80,6 +80,7 @@ class TrainSwinir(Degrading):
     batch: int = 8
     schedule: Literal["constant", "cosine"] = "cosine"
     ema: float = 0.995
+    clean: float = 0.1  # share of pictures that are not degraded at all
 
     def task(self):
         return SwinirTask(self)

@@ -120,7 +120,7 @@ class Swinir(nn.Module):
         self.conv_before_upsample = nn.Sequential(nn.Conv2d(dim, features, 3, padding=1), nn.LeakyReLU(0.01))
         self.conv_up1, self.conv_up2, self.conv_up3, self.conv_hr = (nn.Conv2d(features, features, 3, padding=1)
                                                                      for _ in range(4))
-        self.conv_last = nn.Conv2d(features, 3, 3, padding=1)
+        self.conv_last = nn.Conv2d(features, 3 + config.keeps, 3, padding=1)
 
     def features(self, first: Tensor) -> Tensor:
         """(B, D, h, w) of the first convolution -> the same shape, after all blocks."""
@@ -140,7 +140,9 @@ class Swinir(nn.Module):
         x = self.conv_before_upsample(self.conv_after_body(self.features(first)) + first)
         for conv in (self.conv_up1, self.conv_up2, self.conv_up3):
             x = F.leaky_relu(conv(F.interpolate(x, scale_factor=2, mode="nearest")), 0.2)
-        return self.conv_last(F.leaky_relu(self.conv_hr(x), 0.2)) + mean
+        x = self.conv_last(F.leaky_relu(self.conv_hr(x), 0.2))
+        made = x[:, :3] + mean
+        return torch.lerp(made, image, x[:, 3:].float().sigmoid().to(made)) if self.config.keeps else made
 
     def restore(self, image: Tensor) -> Tensor:
         """image (B, 3, H, W) in [-1, 1] of any size -> its proxy, the same size and range (lucidflux.md section 1)."""
