@@ -78,10 +78,9 @@ def build(job: tuple[str, int, int]) -> Result:
     built = triton.compile(source, target=place, options=options)
     usage, code = disassembled(built.asm["cubin"])
     products = len(re.findall(r"\b(?:HMMA|HGMMA|QGMMA|IMMA)\b", code))
-    expects = "tl.dot" in built.asm["source"] or "tt.dot" in built.asm["ttir"]
-    half = any(kind in ("*bf16", "*fp16") for kind in signature.values())
+    half = re.search(r"tt\.dot [^\n]*: tensor<\w+xb?f16>", built.asm["ttir"])  # others are meant to be exact in float32
     return Result(f"{file} {name}", target, usage["REG"], built.metadata.shared, len(re.findall(r"\b(?:STL|LDL)\b", code)),
-                  usage["STACK"], products, half and expects)
+                  usage["STACK"], products, half is not None)
 
 
 def disassembled(binary: bytes) -> tuple[dict[str, int], str]:
