@@ -123,12 +123,10 @@ def test_oklab_is_the_published_one():
     assert scorers.oklab(pil)[0] == pytest.approx(np.array([[1, 0, 0], [0.6280, 0.2249, 0.1258]]), abs=1e-3)
 
 
-def test_demo_tastes_prefer_light_range_and_many_tones():
+def test_demo_tastes_prefer_range_and_many_tones():
     flat, ramp = Image.new("RGB", (64, 64), (120, 120, 120)), Image.linear_gradient("L").resize((64, 64)).convert("RGB")
-    assert scorers.tones(flat) == pytest.approx(1, abs=1e-6) and 5 < scorers.tones(ramp) <= 10
-    dark = ramp.point(lambda value: value // 4)
-    assert scorers.palette(flat) < 5 < scorers.palette(ramp) <= 10 and scorers.palette(dark) < scorers.palette(ramp)
-    assert scorers.palette(Image.new("RGB", (64, 64))) == pytest.approx(1, abs=1e-6), "nothing to like in black"
+    for taste in (scorers.palette, scorers.tones):
+        assert taste(flat) == pytest.approx(1, abs=1e-6) and 5 < taste(ramp) <= 10
 
 
 # The filter.

@@ -1,6 +1,6 @@
 """What pairs are judged by, each scorer for one question and written by hand on released weights:
 
-    aesthetic   how good a picture looks         LAION's predictor on CLIP ViT-L/14; demo: a palette in OKLab
+    aesthetic   how good a picture looks         LAION's predictor on CLIP ViT-L/14; demo: a palette's range in OKLab
     fidelity    whether it shows the prompt      CLIP similarity of picture and prompt; demo: the demo's own pair
     structure   whether it is the same picture   CLIP similarity of two pictures; demo: the same
     opinion     a second taste                   PickScore, ViT-H/14 (arXiv 2305.01569); demo: the entropy of tones
@@ -82,7 +82,7 @@ class Released:
 class Demo:
     """The demo's contrastive pair, and two tastes that are arithmetic on pixels."""
 
-    names = {"aesthetic": "light and range of an OKLab palette", "fidelity": "demo pair", "structure": "demo pair",
+    names = {"aesthetic": "range of an OKLab palette", "fidelity": "demo pair", "structure": "demo pair",
              "opinion": "entropy of tones"}
 
     def __init__(self, found: Mapping[str, weights.Found], preset):
@@ -102,12 +102,10 @@ class Demo:
 
 
 def palette(pil: Image.Image) -> float:
-    """1 to 10, in OKLab: how far lightness reaches, from its 5th to its 95th percentile, how near its mean is to middle
-    grey, and how far hues lie apart."""
+    """1 to 10: how far lightness reaches, from its 5th to its 95th percentile, and how far hues lie apart, in OKLab."""
     lightness, a, b = np.moveaxis(oklab(pil), -1, 0)
     low, high = np.percentile(lightness, (5, 95))
-    reach, middle, hues = (high - low) / 0.6, 1 - abs(lightness.mean() - 0.6) / 0.45, np.hypot(a.std(), b.std()) / 0.15
-    return float(1 + 9 * (0.45 * min(1.0, reach) + 0.35 * max(0.0, middle) + 0.2 * min(1.0, hues)))
+    return float(1 + 9 * (0.7 * min(1.0, (high - low) / 0.6) + 0.3 * min(1.0, np.hypot(a.std(), b.std()) / 0.15)))
 
 
 def tones(pil: Image.Image) -> float:

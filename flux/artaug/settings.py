@@ -37,7 +37,7 @@ class Making(Asking):
     aesthetic_weights: Path | None = None  # file of LAION's aesthetic head on it
     pickscore_weights: Path | None = None  # file or folder of PickScore (ViT-H/14)
     gain: float = 0.25  # least gain in the aesthetic score
-    gain_percentile: float | None = None  # and least percentile of it among all; default: 70, demo 50
+    gain_percentile: float | None = None  # and least percentile of it among all; default: 70, demo 30
     floor_percentile: float | None = None  # of the scores before, that the score after reaches; default: 60, demo 30
     fidelity: float | None = None  # least change of the similarity with the prompt; default: -0.01, demo -0.02
     structure: tuple[float, ...] = ()  # similarity of before and after, least and most; default 0.8 0.985, demo 0.3 0.999
@@ -72,7 +72,7 @@ class Making(Asking):
         """
         demo = self.model.partition("-")[0] == "demo"
         given = (self.gain_percentile, self.floor_percentile, self.fidelity, self.structure or None)
-        usual = (50.0, 30.0, -0.02, (0.3, 0.999)) if demo else (70.0, 60.0, -0.01, (0.8, 0.985))
+        usual = (30.0, 30.0, -0.02, (0.3, 0.999)) if demo else (70.0, 60.0, -0.01, (0.8, 0.985))
         return tuple(default if value is None else value for value, default in zip(given, usual, strict=True))
 
 
