@@ -133,6 +133,11 @@ class Swinir(nn.Module):
 
     def forward(self, image: Tensor) -> Tensor:
         """image (B, 3, H, W) in [0, 1], edges multiples of 64 (cell times window) -> the same, not clamped."""
+        made, kept = self.made(image)
+        return made if kept is None else torch.lerp(made, image, kept)
+
+    def made(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The picture made anew; and where `keeps`, how much of the input is kept instead, (B, 1, H, W) in [0, 1]."""
         step = self.config.step
         assert not (image.shape[2] % step or image.shape[3] % step), f"{tuple(image.shape)}, expected multiples of {step}"
         mean = torch.tensor(MEAN, dtype=image.dtype, device=image.device)[:, None, None]
@@ -141,8 +146,7 @@ class Swinir(nn.Module):
         for conv in (self.conv_up1, self.conv_up2, self.conv_up3):
             x = F.leaky_relu(conv(F.interpolate(x, scale_factor=2, mode="nearest")), 0.2)
         x = self.conv_last(F.leaky_relu(self.conv_hr(x), 0.2))
-        made = x[:, :3] + mean
-        return torch.lerp(made, image, x[:, 3:].float().sigmoid().to(made)) if self.config.keeps else made
+        return x[:, :3] + mean, x[:, 3:].to(image).sigmoid() if self.config.keeps else None
 
     def restore(self, image: Tensor) -> Tensor:
         """image (B, 3, H, W) in [-1, 1] of any size -> its proxy, the same size and range (lucidflux.md section 1)."""
