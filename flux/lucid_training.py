@@ -207,9 +207,9 @@ class SwinirTask:
 
     def loss(self, batch) -> Tensor:
         clean, lq = ((x.to(self.place) + 1) / 2 for x in batch)
-        made, kept = self.model.made(lq)
-        return sum(((x - clean).square().flatten(1).mean(1) / FINE).log1p() for x in (
-            (made,) if kept is None else (made, torch.lerp(made, lq, kept))))  # else it keeps all, and learns to make nothing
+        made, kept = self.model.made(lq)  # judged by itself, too: else all is kept, and nothing learned
+        found = (made,) if kept is None else (made, torch.lerp(made, lq, kept))
+        return sum(((x - clean).square().flatten(1).mean(1) / FINE).log1p() for x in found)
 
     def preview(self) -> Image.Image:
         clean, lq = stacked(self.pairs.pair(key, True) for key in self.pairs.fixed(8))
