@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from flux import checkpoint, degradation, draws, lucidflux, quality, weights
+from flux import checkpoint, degradation, draws, lucidflux, niqe, quality, weights
 from flux.config import DEMO, LUCID
 from flux.demo import scene as world
 from flux.errors import UserError
@@ -100,6 +100,17 @@ def test_what_is_learned_is_looked_at_and_measured(files, tmp_path, monkeypatch)
     table = (tmp_path / "out" / "lucidflux.md").read_text()
     assert "| fidelity 0.25 |" in table and "| the autoencoder alone |" in table
     assert (tmp_path / "out" / "lucidflux.png").exists()
+
+    (tmp_path / "photos").mkdir()
+    for i in range(12):
+        Image.effect_noise((200, 150), 40 + i).convert("RGB").save(tmp_path / "photos" / f"{i}.png")
+    assert niqe.main([str(tmp_path / "photos"), "--out", str(tmp_path / "niqe.npz")]) == 0
+    settings = {"count": 3, "steps": 1, "ablations": False, "out": tmp_path / "photographed"}
+    Evaluate(data=tmp_path / "photos", niqe=tmp_path / "niqe.npz", **settings).run()
+    table = (tmp_path / "photographed" / "lucidflux.md").read_text()
+    assert table.startswith("| 3 pictures | PSNR | SSIM | NIQE |") and "right" not in table
+    with pytest.raises(UserError, match="holds no pictures"):
+        Evaluate(data=tmp_path / "nowhere", **settings).run()
 
 
 def test_times_are_those_of_the_preset():
