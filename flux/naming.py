@@ -186,7 +186,7 @@ def select(state: Mapping[str, Tensor], part: str, path: Path) -> Mapping[str, T
         raise refuse(path, f"is {describe(state)}", EXPECTED[part], "name another file")
     own = ((name.removeprefix(prefix), name) for name in state
            if name.startswith(prefix) or not OTHER_PARTS.match(name))
-    kept = ((bare, (name,), _same) for bare, name in own if part not in IGNORED or not IGNORED[part].fullmatch(bare))
+    kept = ((bare, (name,), same) for bare, name in own if part not in IGNORED or not IGNORED[part].fullmatch(bare))
     return to_own_names(unscaled(Renamed(state, kept, path), path), part, path)
 
 
@@ -202,7 +202,7 @@ def select_control(state: Mapping[str, Tensor], path: Path) -> Mapping[str, Tens
         return state
     pixels = any(name.startswith("input_hint_block.") for name in state)
     own = to_bfl(state, "flux", path)
-    return Renamed(own, ((_hint_name(name), (name,), _same) for name in own), path) if pixels else own
+    return Renamed(own, ((_hint_name(name), (name,), same) for name in own), path) if pixels else own
 
 
 def _hint_name(name: str) -> str:
@@ -216,10 +216,10 @@ def to_own_names(state: Mapping[str, Tensor], part: str, path: Path) -> Mapping[
     if part in ("flux", "ae") and is_diffusers(state):
         return to_bfl(state, part, path)
     if part == "clip" and not any(name.startswith("text_model.") for name in state):
-        return Renamed(state, ((f"text_model.{name}", (name,), _same) for name in state), path)
+        return Renamed(state, ((f"text_model.{name}", (name,), same) for name in state), path)
     if part == "t5" and "encoder.embed_tokens.weight" in state:  # the same table as `shared`, often stored once
         twice = "shared.weight" in state
-        return Renamed(state, (("shared.weight" if name == "encoder.embed_tokens.weight" else name, (name,), _same)
+        return Renamed(state, (("shared.weight" if name == "encoder.embed_tokens.weight" else name, (name,), same)
                                for name in state if not (twice and name == "encoder.embed_tokens.weight")), path)
     return state
 
@@ -236,7 +236,7 @@ def unscaled(state: Mapping[str, Tensor], path: Path) -> Renamed:
                 yield name, (name, f"{stem}.scale_weight"), _rescaled
             elif not (name == "scaled_fp8" or last == "scale_input"
                       or last == "scale_weight" and f"{stem}.weight" in state):
-                yield name, (name,), _same
+                yield name, (name,), same
     return Renamed(state, recipes(), path)
 
 
@@ -278,7 +278,7 @@ def _transformer_to_bfl(state: Mapping[str, Tensor]) -> Iterator[Recipe]:
             yield ours, theirs, _swapped if "adaLN" in ours else _joined
             for name in theirs:
                 del rest[name]
-    yield from ((name, (name,), _same) for name in rest)  # the strict report will tell
+    yield from ((name, (name,), same) for name in rest)  # the strict report will tell
 
 
 def _transformer_to_diffusers(state: Mapping[str, Tensor]) -> Iterator[Recipe]:
@@ -289,10 +289,10 @@ def _transformer_to_diffusers(state: Mapping[str, Tensor]) -> Iterator[Recipe]:
             continue
         del rest[ours]
         if len(theirs) == 1:
-            yield theirs[0], (ours,), _swapped if "adaLN" in ours else _same
+            yield theirs[0], (ours,), _swapped if "adaLN" in ours else same
         for i, name in enumerate(theirs if len(theirs) > 1 else ()):
             yield name, (ours,), _rows(i * width, None if i == len(theirs) - 1 else (i + 1) * width)
-    yield from ((name, (name,), _same) for name in rest)
+    yield from ((name, (name,), same) for name in rest)
 
 
 def _autoencoder_to_bfl(state: Mapping[str, Tensor]) -> Iterator[Recipe]:
@@ -302,7 +302,7 @@ def _autoencoder_to_bfl(state: Mapping[str, Tensor]) -> Iterator[Recipe]:
         for bfl, diffusers in AUTOENCODER:
             ours = ours.replace(diffusers, bfl)
         ours = re.sub(r"^decoder\.up_blocks\.(\d{1,3})\.", lambda m: f"decoder.up.{levels - 1 - int(m[1])}.", ours)
-        yield ours, (name,), _convolution if _is_attention(ours) else _same
+        yield ours, (name,), _convolution if _is_attention(ours) else same
 
 
 def _autoencoder_to_diffusers(state: Mapping[str, Tensor]) -> Iterator[Recipe]:
@@ -312,14 +312,14 @@ def _autoencoder_to_diffusers(state: Mapping[str, Tensor]) -> Iterator[Recipe]:
         for bfl, diffusers in AUTOENCODER:
             theirs = theirs.replace(bfl, diffusers)
         theirs = re.sub(r"^decoder\.up\.(\d{1,3})\.", lambda m: f"decoder.up_blocks.{levels - 1 - int(m[1])}.", theirs)
-        yield theirs, (name,), _linear if _is_attention(name) else _same
+        yield theirs, (name,), _linear if _is_attention(name) else same
 
 
 def _is_attention(name: str) -> bool:
     return re.fullmatch(r"(en|de)coder\.mid\.attn_1\.(q|k|v|proj_out)\.weight", name) is not None
 
 
-def _same(tensor: Tensor) -> Tensor:
+def same(tensor: Tensor) -> Tensor:
     return tensor
 
 

@@ -688,3 +688,14 @@ def test_a_tiny_transformer_learns_one_batch(tmp_path):
     train.train(OneBatch(), settings, tmp_path)
     losses = [json.loads(row)["loss"] for row in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 200 and 1 < losses[0] < 4 and losses[-1] < losses[0] / 5, (losses[0], losses[-1])
+
+
+def test_a_full_disk_is_told_by_a_process_whose_draft_another_has_removed(tmp_path, monkeypatch):
+    from torch.distributed import checkpoint as dcp
+
+    def full(*args, **kwargs):
+        raise dcp.CheckpointException("save", {0: (OSError(28, "No space left on device"), None)})
+    monkeypatch.setattr(dcp, "save", full)
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(OSError, match=r"no room: 40 bytes needed, \d+ free"):
+        resume._write_split(tmp_path / "checkpoints" / "draft", {"weight": torch.zeros(10)})

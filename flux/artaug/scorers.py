@@ -35,7 +35,7 @@ KINDS = {  # what a file is -> its network; strictly these tensors, position_ids
 def load(kind: str, path: Path, device: torch.device | str = "cpu") -> nn.Module:
     """One of KINDS from a file, or the folder of a Hugging Face model; CheckpointError for anything else."""
     state = checkpoint.read(path)
-    own = ((name, (name,), naming._same) for name in state if not name.endswith("embeddings.position_ids"))
+    own = ((name, (name,), naming.same) for name in state if not name.endswith("embeddings.position_ids"))
     return weights.load(KINDS[kind], naming.Renamed(state, own, path), torch.float32, device, path)
 
 
