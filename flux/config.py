@@ -139,7 +139,7 @@ class SwinirConfig:
     mlp_ratio: float = 2.0
     unshuffle_scale: int = 8  # pixels per cell, along one edge
     num_feat: int = 64  # channels on the way back to pixels
-    keeps: bool = False  # say pixel by pixel how much of the input to keep: else nothing clean comes back as it is (ours)
+    keeps: bool = False  # say of each picture how much of it to keep: else nothing clean comes back as it is (ours)
 
     def __post_init__(self):
         for name in ("depths", "num_heads"):

@@ -81,6 +81,7 @@ class TrainSwinir(Degrading):
     schedule: Literal["constant", "cosine"] = "cosine"
     ema: float = 0.995
     clean: float = 0.1  # share of pictures that are not degraded at all
+    swinir: Path | None = None  # file of SwinIR that stays as it is: only what says how much of the input to keep is trained
 
     def task(self):
         return SwinirTask(self)
@@ -192,6 +193,11 @@ class SwinirTask:
         self.pairs = Pairs(settings, self.preset.width)
         torch.manual_seed(draws.seed_of(settings.seed, "swinir"))
         self.model = Swinir(config.swinir).to(self.place)
+        if settings.swinir:
+            without = replace(config, swinir=replace(config.swinir, keeps=False))
+            plain = lucid_files.load_swinir(settings.swinir, without, self.place)
+            self.model.load_state_dict(self.model.state_dict() | plain.state_dict())
+            self.model.requires_grad_(False).keep.requires_grad_(True)
 
     def trainable(self) -> nn.Module:
         return self.model

@@ -120,7 +120,9 @@ class Swinir(nn.Module):
         self.conv_before_upsample = nn.Sequential(nn.Conv2d(dim, features, 3, padding=1), nn.LeakyReLU(0.01))
         self.conv_up1, self.conv_up2, self.conv_up3, self.conv_hr = (nn.Conv2d(features, features, 3, padding=1)
                                                                      for _ in range(4))
-        self.conv_last = nn.Conv2d(features, 3 + config.keeps, 3, padding=1)
+        self.conv_last = nn.Conv2d(features, 3, 3, padding=1)
+        if config.keeps:
+            self.keep = nn.Sequential(nn.Linear(4 * dim, 64), nn.GELU(), nn.Linear(64, 1))
 
     def features(self, first: Tensor) -> Tensor:
         """(B, D, h, w) of the first convolution -> the same shape, after all blocks."""
@@ -137,16 +139,20 @@ class Swinir(nn.Module):
         return made if kept is None else torch.lerp(made, image, kept)
 
     def made(self, image: Tensor) -> tuple[Tensor, Tensor | None]:
-        """The picture made anew; and where `keeps`, how much of the input is kept instead, (B, 1, H, W) in [0, 1]."""
+        """The picture made anew; and where `keeps`, how much of the input is kept instead, (B, 1, 1, 1) in [0, 1]."""
         step = self.config.step
         assert not (image.shape[2] % step or image.shape[3] % step), f"{tuple(image.shape)}, expected multiples of {step}"
         mean = torch.tensor(MEAN, dtype=image.dtype, device=image.device)[:, None, None]
         first = self.conv_first(image - mean)
-        x = self.conv_before_upsample(self.conv_after_body(self.features(first)) + first)
+        body = self.features(first)
+        x = self.conv_before_upsample(self.conv_after_body(body) + first)
         for conv in (self.conv_up1, self.conv_up2, self.conv_up3):
             x = F.leaky_relu(conv(F.interpolate(x, scale_factor=2, mode="nearest")), 0.2)
-        x = self.conv_last(F.leaky_relu(self.conv_hr(x), 0.2))
-        return x[:, :3] + mean, x[:, 3:].to(image).sigmoid() if self.config.keeps else None
+        made = self.conv_last(F.leaky_relu(self.conv_hr(x), 0.2)) + mean
+        if not self.config.keeps:
+            return made, None
+        told = torch.cat([part for x in (first, body) for part in (x.mean((2, 3)), x.std((2, 3)))], dim=1)
+        return made, self.keep(told).to(image).sigmoid()[..., None, None]
 
     def restore(self, image: Tensor) -> Tensor:
         """image (B, 3, H, W) in [-1, 1] of any size -> its proxy, the same size and range (lucidflux.md section 1)."""
