@@ -16,6 +16,7 @@ from flux import edges
 from flux.config import SwinirConfig
 
 MEAN = (0.4488, 0.4371, 0.4040)  # of DIV2K's pictures, RGB in [0, 1]
+SHARES = (0.1, 0.5, 0.9, 0.99)  # quantiles by which a clean picture is known
 
 
 @cache
@@ -106,6 +107,17 @@ class ResidualSwinBlock(nn.Module):
         return x + self.conv(y.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
+def clearness(image: Tensor) -> Tensor:
+    """image (B, 3, H, W) in [0, 1] -> (B, 6), by which noise and blur can be told: logarithms of the mean of |Laplacian| and
+    of its quantiles, and the share of pixels where it is nothing."""
+    centre = image[..., 1:-1, 1:-1]
+    around = image[..., :-2, 1:-1] + image[..., 2:, 1:-1] + image[..., 1:-1, :-2] + image[..., 1:-1, 2:]
+    steep = (4 * centre - around).abs().flatten(1)
+    ordered = steep.sort(dim=1).values
+    found = [steep.mean(1), *(ordered[:, round(share * (steep.shape[1] - 1))] for share in SHARES)]
+    return torch.stack([*((x + 1e-3).log() / 2 + 2 for x in found), (steep < 1 / 510).float().mean(1)], dim=1)
+
+
 class Swinir(nn.Module):
     def __init__(self, config: SwinirConfig):
         super().__init__()
@@ -122,7 +134,7 @@ class Swinir(nn.Module):
                                                                      for _ in range(4))
         self.conv_last = nn.Conv2d(features, 3, 3, padding=1)
         if config.keeps:
-            self.keep = nn.Sequential(nn.Linear(4 * dim, 64), nn.GELU(), nn.Linear(64, 1))
+            self.keep = nn.Sequential(nn.Linear(len(SHARES) + 2, 64), nn.GELU(), nn.Linear(64, 1))
 
     def features(self, first: Tensor) -> Tensor:
         """(B, D, h, w) of the first convolution -> the same shape, after all blocks."""
@@ -144,15 +156,13 @@ class Swinir(nn.Module):
         assert not (image.shape[2] % step or image.shape[3] % step), f"{tuple(image.shape)}, expected multiples of {step}"
         mean = torch.tensor(MEAN, dtype=image.dtype, device=image.device)[:, None, None]
         first = self.conv_first(image - mean)
-        body = self.features(first)
-        x = self.conv_before_upsample(self.conv_after_body(body) + first)
+        x = self.conv_before_upsample(self.conv_after_body(self.features(first)) + first)
         for conv in (self.conv_up1, self.conv_up2, self.conv_up3):
             x = F.leaky_relu(conv(F.interpolate(x, scale_factor=2, mode="nearest")), 0.2)
         made = self.conv_last(F.leaky_relu(self.conv_hr(x), 0.2)) + mean
         if not self.config.keeps:
             return made, None
-        told = torch.cat([part for x in (first, body) for part in (x.mean((2, 3)), x.std((2, 3)))], dim=1)
-        return made, self.keep(told).to(image).sigmoid()[..., None, None]
+        return made, self.keep(clearness(image.float()).to(image)).to(image).sigmoid()[..., None, None]
 
     def restore(self, image: Tensor) -> Tensor:
         """image (B, 3, H, W) in [-1, 1] of any size -> its proxy, the same size and range (lucidflux.md section 1)."""
