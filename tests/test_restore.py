@@ -147,7 +147,7 @@ def test_fidelity_leaves_less_of_the_way():
     assert all(a > b for a, b in zip(left, left[1:], strict=False)) and left[-1] == 0
     noise, anchor = torch.randn(2, 4, 64), torch.randn(2, 4, 64)
     assert torch.equal(fidelity.begin(anchor, noise, 0), noise)
-    assert torch.allclose(fidelity.begin(anchor, noise, 1), 0.95 * anchor + 0.05 * noise, atol=1e-6)
+    assert torch.allclose(fidelity.begin(anchor, noise, 1), 0.75 * anchor + 0.25 * noise, atol=1e-6)
 
 
 def test_low_frequencies_are_led_to_the_anchor():
