@@ -142,7 +142,7 @@ def test_fidelity_leaves_less_of_the_way():
     schedule = flow.schedule(20, 64)
     assert fidelity.times(schedule, 0) == schedule
     starts = [fidelity.times(schedule, share / 10)[0] for share in range(11)]
-    assert starts == pytest.approx([1 - 0.095 * i for i in range(11)])
+    assert starts == pytest.approx([1 - 0.075 * i for i in range(11)])
     left = fidelity.times(schedule, 0.7)
     assert all(a > b for a, b in zip(left, left[1:], strict=False)) and left[-1] == 0
     noise, anchor = torch.randn(2, 4, 64), torch.randn(2, 4, 64)
