@@ -142,12 +142,12 @@ def test_fidelity_leaves_less_of_the_way():
     schedule = flow.schedule(20, 64)
     assert fidelity.times(schedule, 0) == schedule
     starts = [fidelity.times(schedule, share / 10)[0] for share in range(11)]
-    assert starts == pytest.approx([1 - 0.075 * i for i in range(11)])
+    assert starts == pytest.approx([1 - 0.8 * (i / 10) ** 1.6 for i in range(11)])
     left = fidelity.times(schedule, 0.7)
     assert all(a > b for a, b in zip(left, left[1:], strict=False)) and left[-1] == 0
     noise, anchor = torch.randn(2, 4, 64), torch.randn(2, 4, 64)
     assert torch.equal(fidelity.begin(anchor, noise, 0), noise)
-    assert torch.allclose(fidelity.begin(anchor, noise, 1), 0.75 * anchor + 0.25 * noise, atol=1e-6)
+    assert torch.allclose(fidelity.begin(anchor, noise, 1), 0.8 * anchor + 0.2 * noise, atol=1e-6)
 
 
 def test_low_frequencies_are_led_to_the_anchor():
