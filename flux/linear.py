@@ -28,6 +28,8 @@ def beside_gelu(layer: nn.Module, x: Tensor) -> Linear | None:
 def by_onednn(layer: Linear, x: Tensor) -> bool:
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or runs_on(x) != "cpu" or layer.weight.dtype != x.dtype:
         return False
+    if torch.is_autocast_enabled("cpu"):  # which chooses dtypes itself
+        return False
     if x.dtype == torch.bfloat16:
         return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return x.dtype == torch.float32 and torch.backends.mkldnn.is_available()

@@ -18,6 +18,7 @@ from flux.config import TINY, FluxConfig
 from flux.layers import LastLayer, MLPEmbedder, Modulation, QKNorm, time_embedding
 from flux.model import Flux
 from golden import load
+from lora.inject import add_trained
 
 MANIFESTS = Path(__file__).parent / "manifests"
 MODELS = ("flux_dev", "flux_schnell", "flux_fill", "flux_dev_diffusers")
@@ -439,6 +440,21 @@ def test_a_product_by_onednn_is_as_exact_as_torchs(dtype, bias):
         assert mine.dtype == dtype and mine.shape == other.shape and not mine.requires_grad
         assert (mine - exact).norm() <= 1.1 * (other - exact).norm() + 1e-7 * exact.norm()
         assert dtype == torch.float32 or torch.equal(mine, other)
+
+
+@pytest.mark.parametrize("lora", (False, True))
+def test_autocast_has_its_way_without_gradients(lora):
+    """Validation of a run in bfloat16: the same dtypes as in training, with LoRAs too."""
+    torch.manual_seed(0)
+    single = layers.SingleStreamBlock(TINY)
+    if lora:
+        add_trained(single, "linear", 2)
+    x, pe = torch.randn(2, 37, TINY.hidden_size), torch.ones(1, 37, 1, TINY.head_dim // 2, dtype=torch.complex64)
+    with torch.autocast("cpu", torch.bfloat16):
+        trained = single.branches(x, pe)
+        with torch.no_grad():
+            validated = single.branches(x, pe)
+    assert validated.dtype == trained.dtype == torch.bfloat16 and near(validated, trained, 0.02)
 
 
 def test_gelu_is_as_exact_within_the_product_as_after_it():
