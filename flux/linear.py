@@ -26,10 +26,9 @@ def beside_gelu(layer: nn.Module, x: Tensor) -> Linear | None:
 
 
 def by_onednn(layer: Linear, x: Tensor) -> bool:
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or runs_on(x) != "cpu" or layer.weight.dtype != x.dtype:
+    """On the CPU, in the weight's dtype. Gradients need torch's product; compilers and autocast choose theirs."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
-    if torch.is_autocast_enabled("cpu"):  # which chooses dtypes itself
+    if runs_on(x) != "cpu" or layer.weight.dtype != x.dtype or not torch.backends.mkldnn.is_available():
         return False
-    if x.dtype == torch.bfloat16:
-        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
+    return x.dtype == torch.float32 or x.dtype == torch.bfloat16 and torch.ops.mkldnn._is_mkldnn_bf16_supported()

@@ -110,8 +110,8 @@ def load_swinir(path: Path, config: LucidConfig, place: torch.device | str = "cp
     """In float32, as released. Buffers are computed, and the networks of its loss, which some files hold, left out."""
     state = pth.read(path)
     bare = {re.sub(r"^(state_dict\.)?(module\.)?", "", name): tensor for name, tensor in state.items()}
-    own = r"(conv_\w+|patch_embed|layers|norm|keep)\." if config.swinir.keeps else r"(conv_\w+|patch_embed|layers|norm)\."
-    kept = {name: tensor for name, tensor in bare.items() if re.match(own, name)
+    own = "keep|" * config.swinir.keeps + r"conv_\w+|patch_embed|layers|norm"
+    kept = {name: tensor for name, tensor in bare.items() if re.match(rf"({own})\.", name)
             and name.rpartition(".")[2] not in ("attn_mask", "relative_position_index")}
     if not any(".residual_group.blocks." in name for name in kept):
         raise refuse(path, f"is {naming.describe(state)}", WHAT["swinir"], "name another file")

@@ -189,6 +189,9 @@ class SwinirTask:
     def __init__(self, settings: TrainSwinir):
         self.settings, self.preset = settings, preset(settings.model)
         config = restore.config_of(self.preset)
+        if settings.swinir and not config.swinir.keeps:
+            raise UserError(f"--swinir came with --model {settings.model}, whose SwinIR keeps nothing of its input, "
+                            "expected --model demo; leave --swinir out")
         self.place, _ = device.choose(settings.device)
         self.pairs = Pairs(settings, self.preset.width)
         torch.manual_seed(draws.seed_of(settings.seed, "swinir"))

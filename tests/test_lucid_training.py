@@ -142,7 +142,16 @@ def test_swinir_learns(tmp_path, monkeypatch):
     assert all(after < 0.7 * old for after, old in zip(errors(), before, strict=True)), "what is made, and what comes out"
     monkeypatch.setattr(weights, "DEMO", tmp_path)
     made.save(tmp_path)
-    assert checkpoint.read(tmp_path / "swinir.safetensors")["conv_last.weight"].dtype == torch.bfloat16
+    saved = tmp_path / "swinir.safetensors"
+    assert checkpoint.read(saved)["conv_last.weight"].dtype == torch.bfloat16
+
+    again = TrainSwinir(batch=2, pairs=2, swinir=saved).task()
+    assert {name.partition(".")[0] for name, p in again.model.named_parameters() if p.requires_grad} == {"keep"}
+    kept = again.model.state_dict()
+    assert all(torch.equal(kept[name].bfloat16(), tensor) for name, tensor in checkpoint.read(saved).items()
+               if not name.startswith("keep."))
+    with pytest.raises(UserError, match="--swinir came with --model dev"):
+        TrainSwinir(model="dev", data=tmp_path, swinir=saved).task()
 
 
 def folder_of(path, sizes):

@@ -13,12 +13,12 @@ from PIL import Image
 from torch import nn
 
 import sample
-from flux import bench_plans, checkpoint, footprint, memory, plan, storage, weights
+from flux import bench_plans, checkpoint, footprint, layers, memory, plan, storage, weights
 from flux.adapters import Given
 from flux.autoencoder import AutoEncoder
 from flux.bench_plans import BenchPlans
 from flux.clip import ClipText
-from flux.config import DEMO, DEV, FluxConfig
+from flux.config import DEMO, DEV, TINY, FluxConfig
 from flux.errors import UserError
 from flux.memory import Sizes
 from flux.model import Flux
@@ -68,6 +68,16 @@ def test_a_linear_layer_in_8_bits_is_counted_with_its_wide_weight():
         layer = storage.StoredLinear(nn.Linear(300, 200), torch.int8, torch.float32, torch.device("meta"))
         x = torch.empty(7, 300)
     assert footprint.peak(lambda: layer(x)) == 4 * (300 * 200 + 7 * 200)
+
+
+def test_gelu_within_a_product_is_counted_where_it_is_computed():
+    """On the CPU an MLP holds its input once widened; elsewhere the product and its gelu, one beside the other."""
+    with torch.device("meta"):
+        mlp, x = layers.MLP(TINY), torch.empty(1, 7, TINY.hidden_size)
+    wide, narrow = 4 * 7 * TINY.mlp_hidden, 4 * 7 * TINY.hidden_size
+    assert footprint.peak(lambda: mlp(x), "cpu") == wide + narrow
+    assert footprint.peak(lambda: mlp(x)) == max(2 * wide, wide + narrow)
+    assert footprint.runs_on(x) == "meta", "and nothing of it stays"
 
 
 def test_full_size_weights_by_hand(dev):

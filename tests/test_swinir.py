@@ -6,9 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 
-from flux import edges, swinir, wavelet
+from flux import degradation, draws, edges, lucid_files, swinir, wavelet, weights
 from flux.config import LUCID, SwinirConfig
+from flux.demo import scene as world
 from golden import load
 
 MANIFESTS = Path(__file__).parent / "manifests"
@@ -105,3 +107,29 @@ def test_blur_is_the_binomial_kernel_spread_out():
     for dilation in (1, 4):
         padded = F.pad(image, (dilation,) * 4, mode="replicate")
         assert torch.allclose(wavelet.blurred(image, dilation), F.conv2d(padded, kernel, dilation=dilation, groups=2))
+
+
+def test_the_demos_tells_clean_pictures_and_keeps_them():
+    """Of renders that training never saw; what is degraded is made anew."""
+    network = lucid_files.load_swinir(weights.DEMO / "swinir.safetensors", LUCID["demo"])
+    rngs = [draws.rng("clean or not", i) for i in range(8)]
+    clean = [degradation.to_unit(Image.fromarray(world.render(world.sample_scene(rng, held_out=True))[0])) for rng in rngs]
+    kind = degradation.Degradation(clean=0)
+    worse = [degradation.apply(x, degradation.recipe(rng, kind)) for x, rng in zip(clean, rngs, strict=True)]
+    clean, worse = torch.stack(clean), torch.stack(worse)
+    with torch.inference_mode():
+        assert network.made(clean)[1].min() > 0.9 and network.made(worse)[1].max() < 0.5
+        assert (network(clean) - clean).abs().mean() < 0.2 * (network.made(clean)[0] - clean).abs().mean()
+        assert (network(worse) - clean).square().mean() < 0.6 * (worse - clean).square().mean()
+
+
+def test_clearness_is_of_each_picture_and_sees_noise_and_blur():
+    square = torch.zeros(1, 3, 64, 64)
+    square[..., 16:48, 16:48] = 1
+    noisy = square + 0.1 * torch.randn(square.shape, generator=torch.Generator().manual_seed(0))
+    blurred = torch.nn.functional.avg_pool2d(square, 9, 1, 4)
+    both = torch.cat((square, noisy, blurred))
+    found = swinir.clearness(both)
+    assert found.shape == (3, 6) and torch.allclose(found[1:2], swinir.clearness(noisy))
+    assert found[0, -1] > found[2, -1] > found[1, -1], "flat pixels: most of a clean picture, none of a noisy one"
+    assert found[0, 4] > found[2, 4], "the steepest hundredth is steeper where nothing is blurred"
