@@ -1,8 +1,9 @@
 """Training a LoRA (arXiv 2106.09685): a small change of a frozen FLUX, learned from a folder of captioned pictures.
 
 Beside linear layers W stand pairs A, B, and only they are trained: W x + alpha / rank * B A x. Options: LoRA+ (arXiv
-2402.12354), where B learns faster than A; the rank-stabilised scale alpha / sqrt(rank) (arXiv 2312.03732); and a set of
-pictures that shall stay as they are (prior preservation, arXiv 2208.12242, section 3.2).
+2402.12354), where B learns faster than A; the rank-stabilised scale alpha / sqrt(rank) (arXiv 2312.03732); a set of
+pictures that shall stay as they are (prior preservation, arXiv 2208.12242, section 3.2); and strengths that change from
+step to step, so that a range of them, and not 1 alone, has been seen to give good pictures.
 """
 
 from collections.abc import Mapping
@@ -12,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from flux import adapters, cli, data, lora_names, parallel
+from flux import adapters, cli, data, draws, lora_names, parallel
 from flux.errors import UserError
 from flux.finetune import Captioned
 from flux.settings import FineTuning
@@ -30,6 +31,8 @@ class TrainLora(FineTuning):
     target: str = "blocks"  # layers that get a pair, a regular expression: blocks is all of them; attn|linear is less
     stabilised: bool = False  # scale by alpha / sqrt(rank), so that large ranks learn as fast as small ones
     plus: float = 1.0  # LoRA+: learning rate of B over that of A; its paper advises 16
+    weakest: float = 1.0  # strength of the LoRA while it learns: drawn for each step, from this
+    strongest: float = 1.0  # to this; 0.75 to 1.5 makes one that can be turned up
     prior: Path | None = None  # folder of captioned pictures that shall stay as the model draws them
     prior_weight: float = 1.0  # of their loss
     lr: float = 1e-3  # learning rate of AdamW after warmup
@@ -44,6 +47,9 @@ class TrainLora(FineTuning):
         for name in ("alpha", "plus", "prior_weight"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise UserError(f"--{name.replace('_', '-')} {value}: expected a number above 0")
+        if not 0 < self.weakest <= self.strongest:
+            raise UserError(f"--weakest {self.weakest} --strongest {self.strongest}: expected numbers above 0, the weakest "
+                            "first, as --weakest 0.75 --strongest 1.5")
 
     def task(self):
         return LoraTask(self)
@@ -62,19 +68,22 @@ class LoraTask(Captioned):
         return self.model
 
     def batch(self, step: int, micro: int):
-        kept = None
+        settings, kept = self.settings, None
+        strength = draws.rng(settings.seed, "strength", step, micro).uniform(settings.weakest, settings.strongest)
         if self.also:
-            index = step * self.settings.accumulate + micro
-            items = next(data.batches(self.also, self.settings.batch, self.settings.seed, index))
+            index = step * settings.accumulate + micro
+            items = next(data.batches(self.also, settings.batch, settings.seed, index))
             kept = self.drawn(items, " to keep", step, micro)
-        return super().batch(step, micro), kept
+        return super().batch(step, micro), kept, strength
 
     def held_out(self) -> list:
-        return [(batch, None) for batch in super().held_out()]
+        return [(batch, None, 1.0) for batch in super().held_out()]
 
     def loss(self, batch) -> Tensor:
         """Per picture; that of the pictures to keep is spread over them."""
-        learned, kept = batch
+        learned, kept, strength = batch
+        for pair in self.pairs.values():
+            pair.strength = strength
         losses = super().loss(learned)
         return losses if kept is None else losses + self.settings.prior_weight * super().loss(kept).mean()
 

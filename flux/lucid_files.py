@@ -27,6 +27,7 @@ FILES = {  # part: names in --weights or a folder of these, best first
     "siglip": ("siglip.safetensors", "siglip2-so400m-patch16-512"),
     "prompt": ("prompt_embeddings.safetensors", "prompt_embeddings.pt"),
 }
+ENDS = ("img_in", "txt_in", "time_in", "vector_in", "guidance_in")  # of the transformer that a branch has, too
 FOLDERS = ("", "lucidflux", "LucidFlux", "models", "DiffBIR")
 WHAT = {"lucidflux": "LucidFlux's checkpoint", "swinir": "SwinIR's weights", "siglip": "the SigLIP2 vision tower",
         "prompt": "the embedding of the fixed prompt"}
@@ -84,7 +85,8 @@ def load_lucidflux(path: Path, preset: Preset, config: LucidConfig, dtype: torch
 
 
 def save_lucidflux(path: Path, lucid: LucidFlux, transformer: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """In bfloat16, without the tensors that never left the transformer's: of a branch's last block, text goes nowhere."""
+    """In bfloat16, without the tensors that never left the transformer's: of a branch's last block, text goes nowhere, and
+    what reads prompt and guidance is not trained."""
     shared = shared_with(transformer, len(lucid.condition_lq.double_blocks))
     state = {name: tensor.detach().bfloat16() for name, tensor in lucid.state_dict().items()}
     own = {name: tensor for name, tensor in state.items()
@@ -94,7 +96,9 @@ def save_lucidflux(path: Path, lucid: LucidFlux, transformer: Mapping[str, Tenso
 
 def shared_with(transformer: Mapping[str, Tensor], depth: int) -> dict[str, Tensor]:
     """What branches of so many blocks began as, under their names."""
-    keys = [key for key in transformer if key.startswith("double_blocks.") and int(key.split(".")[1]) < depth]
+    def shares(key: str) -> bool:
+        return (int(key.split(".")[1]) < depth if key.startswith("double_blocks.") else key.split(".")[0] in ENDS)
+    keys = [key for key in transformer if shares(key)]
     return {f"condition_{name}.{key}": transformer[key] for name in ("lq", "ldr") for key in keys}
 
 

@@ -99,7 +99,7 @@ class TrainBranches(Degrading):
     gradient_checkpointing: bool = True  # keep only the inputs of blocks, the frozen ones too: less memory, slower
     guidance: float = 1.0  # distilled guidance the networks are told
     drop: float = 0.1  # share of batches without image tokens: what --token-guidance compares with
-    times: Literal["flux_shift", "lucidflux_released"] = "flux_shift"  # released: almost noise alone
+    times: Literal["flux_shift", "lucidflux_released", "early"] = "flux_shift"  # released: almost noise alone
     warm: bool = False  # begin with the released or shipped branches instead of the transformer's own blocks
     lucidflux: Path | None = None  # file of branches to begin with, for --warm
     swinir: Path | None = None  # file of SwinIR alone
@@ -258,6 +258,10 @@ class BranchesTask:
         else:
             self.model = lucidflux.begun(self.flux, self.config).float()
         self.model.requires_grad_(True)
+        for branch in (self.model.condition_lq, self.model.condition_ldr):  # always see the same prompt and guidance
+            branch.vector_in.requires_grad_(False)
+            if self.preset.flux.guidance_embed:
+                branch.guidance_in.requires_grad_(False)
         for block in (*self.flux.double_blocks, *self.flux.single_blocks) if settings.gradient_checkpointing else ():
             block.forward = partial(computed_again, block.forward, use_reentrant=False)
         self.size = self.pairs.size
@@ -269,7 +273,7 @@ class BranchesTask:
     def batch(self, step: int, micro: int):
         rng, generator = (make(self.settings.seed, "branches", step, micro) for make in (draws.rng, draws.generator))
         keys, tokens = self.pairs.keys(step, micro), (self.size // 16) ** 2
-        t = flow.draw_t(len(keys), generator, lucidflux.logit_mean(tokens, self.settings.times))
+        t = lucidflux.draw_t(len(keys), generator, tokens, self.settings.times)
         return self.noised(self.looked_at(keys), t, rng.random() < self.settings.drop, generator)
 
     def names(self, step: int, micro: int) -> list[str]:

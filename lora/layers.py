@@ -98,16 +98,17 @@ class LoraLinear(nn.Module):
 
 
 class TrainedLora(nn.Module):
-    """scale * B (A x) with A and B to learn, in float32: A Gaussian of variance 1 / in, B zero (arXiv 2106.09685, 4.1)."""
+    """strength * scale * B (A x) with A and B to learn, in float32: A Gaussian of variance 1 / in, B zero (arXiv 2106.09685,
+    4.1). `strength` is for who trains it, and no part of what was learned."""
 
     def __init__(self, in_features: int, out_features: int, rank: int, scale: float, device: torch.device | str = "cpu"):
         super().__init__()
-        self.scale = scale
+        self.scale, self.strength = scale, 1.0
         self.A = nn.Parameter(torch.randn(rank, in_features, device=device) * in_features ** -0.5)
         self.B = nn.Parameter(torch.zeros(out_features, rank, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.scale * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
+        return self.strength * self.scale * F.linear(F.linear(x, self.A.to(x.dtype)), self.B.to(x.dtype))
 
 
 class TrainedDense(nn.Module):

@@ -165,14 +165,13 @@ class Student:
 def without(pairs, velocity: flow.Velocity) -> flow.Velocity:
     """The same velocity with the learned LoRA switched off."""
     def v(img: Tensor, t: Tensor) -> Tensor:
-        scales = {pair: pair.scale for pair in pairs.values()}
-        for pair in scales:
-            pair.scale = 0.0
+        for pair in pairs.values():
+            pair.strength = 0.0
         try:
             return velocity(img, t)
         finally:
-            for pair, scale in scales.items():
-                pair.scale = scale
+            for pair in pairs.values():
+                pair.strength = 1.0
     return v
 
 

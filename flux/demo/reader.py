@@ -77,9 +77,10 @@ def load() -> Reader:
 
 
 @torch.inference_mode()
-def read(pixels: np.ndarray) -> list[Reading]:
-    """Pictures (B, 128, 128, 3) uint8 of one object each."""
+def read(pixels: np.ndarray, shapes: tuple[str, ...] = WORDS["shape"]) -> list[Reading]:
+    """Pictures (B, 128, 128, 3) uint8 of one object each; as the referee, told of new shapes only where one is asked for."""
     image = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
-    logits = load()(image).split([len(words) for words in WORDS.values()], dim=1)
-    chosen = [each.argmax(1).tolist() for each in logits]
+    logits = dict(zip(WORDS, load()(image).split([len(words) for words in WORDS.values()], dim=1), strict=True))
+    logits["shape"][:, [shape not in shapes for shape in WORDS["shape"]]] = -torch.inf
+    chosen = [each.argmax(1).tolist() for each in logits.values()]
     return [Reading(*(words[row[i]] for words, row in zip(WORDS.values(), chosen, strict=True))) for i in range(len(image))]
