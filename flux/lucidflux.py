@@ -162,8 +162,8 @@ def mu(width: int, height: int, schedule: str) -> float:
 
 def draw_t(count: int, generator: torch.Generator, tokens: int, kind: str) -> Tensor:
     """Training times (count,). `flux_shift` and `lucidflux_released` are logit-normal around `logit_mean`; `early` is even
-    along a schedule that is shifted e times farther than the sampler's: a third to half of its times are above 0.85, where
-    a picture's places and colours are settled by what the branches say alone."""
+    along a schedule that is shifted e times farther than the sampler's: 43 % of the demo's times are above 0.85, where a
+    picture's places and colours are settled by what the branches say alone."""
     if kind == "early":
         return flow.draw_sampled_t(count, generator, flow.mu(tokens) + 1)
     return flow.draw_t(count, generator, logit_mean(tokens, kind))

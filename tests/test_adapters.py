@@ -136,6 +136,28 @@ def test_the_target_and_the_scale_are_chosen():
         TrainLora(rank=0)
 
 
+def test_a_lora_learns_at_strengths_that_change():
+    """The loss at a strength is that of the same pairs scaled; a strength follows from the step's number."""
+    folder.write(Path("data"), 2, things=1)
+    settings = TrainLora(data=Path("data"), rank=2, batch=2, target="single.*linear1", weakest=0.5, strongest=1.5)
+    task = LoraTask(settings)
+    for pair in task.pairs.values():
+        torch.nn.init.normal_(pair.B, std=0.1)
+    strengths = [task.batch(step, 0)[2] for step in range(8)]
+    assert len(set(strengths)) == 8 and all(0.5 <= x <= 1.5 for x in strengths)
+    assert task.batch(3, 0)[2] == strengths[3] and LoraTask(replace(settings, weakest=1, strongest=1)).batch(3, 0)[2] == 1
+    learned, kept, _ = task.batch(0, 0)
+    with torch.no_grad():
+        half, whole = (task.loss((learned, kept, strength)) for strength in (0.5, 1.0))
+        for pair in task.pairs.values():
+            pair.B.mul_(0.5)
+        assert torch.allclose(task.loss((learned, kept, 1.0)), half, rtol=1e-5)
+    assert not torch.allclose(half, whole, rtol=1e-3)
+    for weakest, strongest in ((0.0, 1.0), (1.5, 0.5), (1.0, 0.9)):
+        with pytest.raises(UserError, match="--weakest .* the weakest first"):
+            TrainLora(weakest=weakest, strongest=strongest)
+
+
 @pytest.mark.parametrize("words", [("--store", "fp8"), ("--store", "int8"), ("--strips",)])
 def test_less_memory_nearly_the_same_picture_with_loras_too(words):
     lora("a.safetensors", {"single_blocks.0.linear2": (192, 960), "img_in": (192, 64)})

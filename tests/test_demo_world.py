@@ -11,10 +11,22 @@ import numpy as np
 import pytest
 from tqdm import tqdm
 
-from flux.demo import referee
+from flux import draws
+from flux.demo import reader, referee
 from flux.demo.masks import components
 from flux.demo.referee import compare, judge, look
-from flux.demo.scene import COLOURS, SHAPES, Caption, Scene, Thing, distance, render, sample_caption, sample_scene
+from flux.demo.scene import (
+    COLOURS,
+    NEW_SHAPES,
+    SHAPES,
+    Caption,
+    Scene,
+    Thing,
+    distance,
+    render,
+    sample_caption,
+    sample_scene,
+)
 from flux.demo.trial import degrade, measure, nonsense
 
 RED_STAR = Scene((Thing("star", "red", "medium", "left", 0.27, 0.5, 0.16),), "cyan")
@@ -183,3 +195,22 @@ def test_the_sides_of_a_large_square_are_not_stepped_over(ground):
     for x, y in ((0.5, 0.5), (0.507, 0.492), (0.512, 0.481)):
         scene = Scene((Thing("square", "black", "large", "centre", x, y, 0.2219),), ground, finish="glossy")
         assert judge(render(scene)[0], scene).right
+
+
+def test_the_reader_knows_its_shapes_and_guesses_no_others():
+    """As many renders in each style; sketches, whose colours are hard to tell, are not judged here."""
+    rng, scenes = draws.rng("read"), []
+    for style in ("", "stripes", "frost", "watercolour", "halftone"):
+        scenes += [sample_scene(rng, True, 1, style=style) for _ in range(40)]
+    pixels = np.stack([render(each)[0] for each in scenes])
+    found = reader.read(pixels, SHAPES)
+    asked = [sample_caption(each, rng, full=True).asked for each in scenes]
+    assert {one.shape for one in found} <= set(SHAPES)
+    assert np.mean([one.style == each.style for one, each in zip(found, scenes, strict=True)]) > 0.99
+    told = np.mean([one.shows(each) for one, each in zip(found, asked, strict=True)])
+    guessed = np.mean([one.shows(each) for one, each in zip(reader.read(pixels), asked, strict=True)])
+    assert told > 0.97 and guessed < told
+
+    new = [sample_scene(rng, True, 1, shapes=NEW_SHAPES) for _ in range(40)]
+    pixels = np.stack([render(each)[0] for each in new])
+    assert np.mean([one.shape == each.things[0].shape for one, each in zip(reader.read(pixels), new, strict=True)]) > 0.9

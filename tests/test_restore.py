@@ -223,7 +223,8 @@ def test_what_is_shared_with_the_transformer_is_not_stored(files):
     transformer = weights.state_of(weights.find(DEMO), "flux")
     again = lucid_files.load_lucidflux(path, DEMO, LUCID["demo"], torch.float32, transformer=transformer)
     stored = checkpoint.read(path)
-    assert "condition_lq.double_blocks.0.txt_mlp.0.weight" not in stored
+    assert not {"condition_lq.double_blocks.0.txt_mlp.0.weight", "condition_ldr.guidance_in.in_layer.weight"} & set(stored)
+    assert torch.equal(again.condition_ldr.vector_in.in_layer.weight, transformer["vector_in.in_layer.weight"].float())
     name = "double_blocks.0.txt_mlp.0.weight"
     assert torch.equal(again.condition_lq.state_dict()[name], transformer[name].float())
     assert torch.equal(again.connector.redux_up.weight, stored["connector.redux_up.weight"].float())
