@@ -30,6 +30,7 @@ class TrainReader(Training):
     schedule: Literal["constant", "cosine"] = "cosine"
     ema: float = 0.998
     scenes: int = 30_000        # pictures made once, half of them given back by the autoencoder
+    warm: bool = False          # begin with the shipped weights; another --seed makes other pictures
     sample_every: int = 0
 
     def task(self):
@@ -41,6 +42,8 @@ class ReaderTask:
         self.settings = settings
         torch.manual_seed(draws.seed_of(settings.seed, "reader"))
         self.model = reader.Reader()
+        if settings.warm:
+            self.model.load_state_dict(reader.load().state_dict())
         self.image, self.labels = pictures_of_styles(settings.scenes, False, settings.seed)
 
     def trainable(self) -> nn.Module:
