@@ -89,16 +89,27 @@ def shapes(rng: np.random.Generator) -> tuple[str, ...]:
 
 
 def worn(image: Tensor, generator: torch.Generator) -> Tensor:
-    """Pictures moved by up to 6 pixels, a little blurred, tinted and noisy: what a sampler draws is never clean."""
+    """Pictures moved by up to 6 pixels, outlines bent by about one, a little blurred, tinted and noisy: what a sampler draws
+    is never clean."""
     def share() -> float:
         return torch.rand((), generator=generator).item()
 
     dy, dx = (int(share() * 13) - 6 for _ in range(2))
     image = F.pad(image, (6, 6, 6, 6), mode="replicate")[:, :, 6 + dy:134 + dy, 6 + dx:134 + dx]
+    image = bent(image, 1.5 * share(), generator)
     if share() < 0.3:
         image = image + (0.3 + 0.7 * share()) * (F.avg_pool2d(image, 3, 1, 1, count_include_pad=False) - image)
     image = image * (0.95 + 0.1 * share()) + 0.06 * (torch.rand(3, 1, 1, generator=generator) - 0.5)
     return image + 0.06 * share() * torch.randn(image.shape, generator=generator)
+
+
+def bent(image: Tensor, pixels: float, generator: torch.Generator) -> Tensor:
+    """image (B, 3, H, W), its points moved smoothly, each of 9 x 9 by a draw of that deviation."""
+    count, _, height, width = image.shape
+    moved = torch.randn(count, 2, 9, 9, generator=generator) * (2 * pixels / width)
+    moved = F.interpolate(moved, (height, width), mode="bicubic", align_corners=True).permute(0, 2, 3, 1)
+    still = F.affine_grid(torch.eye(2, 3).expand(count, 2, 3), list(image.shape), align_corners=False)
+    return F.grid_sample(image, still + moved, padding_mode="border", align_corners=False)
 
 
 def accuracy(count: int = 900) -> list[str]:
