@@ -9,11 +9,13 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from tqdm import tqdm
 
 from flux import draws
 from flux.demo import reader, referee
 from flux.demo.masks import components
+from flux.demo.reader_stage import bent
 from flux.demo.referee import compare, judge, look
 from flux.demo.scene import (
     COLOURS,
@@ -214,3 +216,13 @@ def test_the_reader_knows_its_shapes_and_guesses_no_others():
     new = [sample_scene(rng, True, 1, shapes=NEW_SHAPES) for _ in range(40)]
     pixels = np.stack([render(each)[0] for each in new])
     assert np.mean([one.shape == each.things[0].shape for one, each in zip(reader.read(pixels), new, strict=True)]) > 0.9
+
+
+def test_outlines_are_bent_and_nothing_else():
+    """By nothing: the picture. By two pixels: the same colours, mostly where they were; each picture its own way."""
+    image = torch.from_numpy(render(RED_STAR)[0]).permute(2, 0, 1)[None].repeat(2, 1, 1, 1) / 127.5 - 1
+    assert torch.allclose(bent(image, 0.0, draws.generator("bent")), image, atol=1e-4)
+    moved = bent(image, 2.0, draws.generator("bent"))
+    share = ((moved - image).abs().amax(1) > 0.2).float().mean((1, 2))
+    assert (share > 0.005).all() and (share < 0.1).all() and not torch.equal(moved[0], moved[1])
+    assert moved.amin() >= image.amin() - 1e-5 and moved.amax() <= image.amax() + 1e-5

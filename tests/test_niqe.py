@@ -28,7 +28,7 @@ def test_shapes_of_known_distributions_are_found(shape, draw):
     _, left, right = niqe.asymmetric(np.where(x < 0, 2 * x, x))
     assert left / right == pytest.approx(2, rel=0.05)
 
-    rng, sides = np.random.default_rng(1), np.abs(x)  # and of one that is twice as wide on one side: that side twice as often
+    rng, sides = np.random.default_rng(1), np.abs(x)  # and twice as wide on one side, which is drawn twice as often
     found, left, right = niqe.asymmetric(np.where(rng.random(len(x)) < 2 / 3, -2 * sides, sides))
     assert found == pytest.approx(shape, rel=0.03) and left / right == pytest.approx(2, rel=0.03)
 
