@@ -12,7 +12,7 @@ from flux import flow, latents, wavelet
 from flux.flow import Velocity
 
 LATEST = 0.8  # share of the way that fidelity 1 leaves out: with more the demo's PSNR falls again
-BEND = 1.6  # fidelities between leave out less than their share
+BEND = 2.5  # fidelities between leave out less than their share
 LEVELS = 2  # of wavelet.low, on latents of 8 pixels: what is larger than about 32
 
 
