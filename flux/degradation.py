@@ -282,7 +282,8 @@ def main(argv: list[str] | None = None) -> int:
             shown.append((made, " ".join(told(step) for step in steps[:-1]) or "clean"))
             print(to)
         if len(shown) > 1:
-            sheet = to.with_name(f"{to.stem}_sheet.png")
+            folder = to.parent.resolve()  # the sheet lies beside it: all that is in it may be restored
+            sheet = folder.with_name(f"{folder.name}_{to.stem}_sheet.png")
             pictures.write_png(sheet, pictures.contact_sheet([pil for pil, _ in shown], max(4, round(len(shown) ** 0.5)),
                                                              [words for _, words in shown]), None)
             print(sheet)

@@ -152,7 +152,8 @@ def test_the_command_and_back(tmp_path, capsys):
     again = degradation.to_picture(degradation.remake(made, clean))
     assert again.tobytes() == pictures.read(made).tobytes()
     assert degradation.main([str(clean), "--out", str(tmp_path / "many"), "--count", "5"]) == 0
-    assert len(list((tmp_path / "many").glob("*.png"))) == 6
+    assert len(list((tmp_path / "many").iterdir())) == 5
+    assert len(list(tmp_path.glob("many_*_sheet.png"))) == 1, "beside the folder, not in it"
     for word, names in ((str(tmp_path / "none.png"), []), (str(clean), ["--again", str(clean)])):
         assert degradation.main([word, "--out", str(tmp_path / "x"), *names]) == 2
     bad = tmp_path / "bad.png"

@@ -1,6 +1,7 @@
 """Restoring: any size, tiles, fidelity, what is kept constant, and the command with its mistakes."""
 
 import json
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -11,7 +12,20 @@ from test_lucidflux import PRESET, SMALL, drawn
 from torch.utils.flop_counter import FlopCounterMode
 
 import sample
-from flux import checkpoint, conditioning, fidelity, flow, latents, lucid_files, lucidflux, pictures, restore, tiles, wavelet
+from flux import (
+    bench_restoring,
+    checkpoint,
+    conditioning,
+    fidelity,
+    flow,
+    latents,
+    lucid_files,
+    lucidflux,
+    pictures,
+    restore,
+    tiles,
+    wavelet,
+)
 from flux.autoencoder import AutoEncoder
 from flux.config import DEMO, DEV, LUCID, AutoEncoderConfig
 from flux.errors import UserError
@@ -142,7 +156,7 @@ def test_fidelity_leaves_less_of_the_way():
     schedule = flow.schedule(20, 64)
     assert fidelity.times(schedule, 0) == schedule
     starts = [fidelity.times(schedule, share / 10)[0] for share in range(11)]
-    assert starts == pytest.approx([1 - 0.8 * (i / 10) ** 1.6 for i in range(11)])
+    assert starts == pytest.approx([1 - 0.8 * (i / 10) ** 2.5 for i in range(11)])
     left = fidelity.times(schedule, 0.7)
     assert all(a > b for a, b in zip(left, left[1:], strict=False)) and left[-1] == 0
     noise, anchor = torch.randn(2, 4, 64), torch.randn(2, 4, 64)
@@ -193,6 +207,16 @@ def test_conditioning_costs_little_at_full_size():
         with FlopCounterMode(display=False) as whole:
             lucidflux.velocity(model, lucid, given)(img, t)
     assert 1.05 < whole.get_total_flops() / plain.get_total_flops() < 1.07
+
+
+def test_its_benchmark_runs(capsys):
+    small = ("--hidden=128", "--depth=2", "--single=1", "--branch=1", "--edge=64", "--text-tokens=4", "--seen-tokens=4")
+    bench_restoring.main([*small, "--rounds=3", "--dtype=fp32"])
+    found = re.search(r"blocks ([0-9.]+) times that \(([0-9.]+)-([0-9.]+)\)", capsys.readouterr().out)
+    median, least, most = map(float, found.groups())
+    assert least <= median <= most and most > 1
+    with pytest.raises(SystemExit, match="2"):
+        bench_restoring.main([*small, "--rounds=0"])
 
 
 # The command.
