@@ -94,7 +94,7 @@ def test_masks_and_weights_of_the_loss(removed):
                 differs = abs(source[token] - target[token]).max() / 127.5 > 0.1
                 want = 0.25 if not mask[cell].any() else 3.0 if differs else 1.0
                 assert (counts[:, i, j] == want).all(), (row, i, j)
-    loss = task.loss(((x0, eps, t, cond, weight), None))
+    loss = task.loss(((x0, eps, t, cond, weight), None, 1.0))
     with torch.no_grad():
         v = conditioning.velocity(task.model, cond)(flow.interpolate(x0, eps, t), t)
     error = (v - (eps - x0)).double().square()
