@@ -149,6 +149,7 @@ class EditTask(LoraTask):
 
     def preview(self) -> Image.Image:
         """Source, target and what is drawn, of the first four pairs that training does not see, or of all."""
+        self.wear(1.0)
         items = (self.unseen or self.items)[:4]
         rows = []
         for i, item in enumerate(items):

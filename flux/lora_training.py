@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 
 from flux import adapters, cli, data, draws, lora_names, parallel
@@ -82,10 +83,17 @@ class LoraTask(Captioned):
     def loss(self, batch) -> Tensor:
         """Per picture; that of the pictures to keep is spread over them."""
         learned, kept, strength = batch
-        for pair in self.pairs.values():
-            pair.strength = strength
+        self.wear(strength)
         losses = super().loss(learned)
         return losses if kept is None else losses + self.settings.prior_weight * super().loss(kept).mean()
+
+    def wear(self, strength: float) -> None:
+        for pair in self.pairs.values():
+            pair.strength = strength
+
+    def preview(self) -> Image.Image:
+        self.wear(1.0)
+        return super().preview()
 
     def adapter(self) -> Adapter:
         return Adapter({name.replace("/", "."): (LowRank(pair.A.detach().cpu(), pair.B.detach().cpu(), pair.scale),)

@@ -146,7 +146,10 @@ def test_a_lora_learns_at_strengths_that_change():
     strengths = [task.batch(step, 0)[2] for step in range(8)]
     assert len(set(strengths)) == 8 and all(0.5 <= x <= 1.5 for x in strengths)
     assert task.batch(3, 0)[2] == strengths[3] and LoraTask(replace(settings, weakest=1, strongest=1)).batch(3, 0)[2] == 1
-    learned, kept, _ = task.batch(0, 0)
+    learned, kept, strength = task.batch(0, 0)
+    task.loss((learned, kept, strength))
+    task.preview()
+    assert all(pair.strength == 1 for pair in task.pairs.values()), "pictures to look at are those of strength 1"
     with torch.no_grad():
         half, whole = (task.loss((learned, kept, strength)) for strength in (0.5, 1.0))
         for pair in task.pairs.values():
