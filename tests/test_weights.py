@@ -361,7 +361,7 @@ def test_large_hostile_headers_are_quick(tmp_path):
         start = time.process_time()
         with pytest.raises(CheckpointError):
             weights.load_flux(at("flux", tmp_path / "x"), SMALL)
-        assert time.process_time() - start < 6 * parsing, text[:40]
+        assert time.process_time() - start < 4 * parsing, text[:40]
 
 
 def test_nan_and_inf_are_found_when_asked(tmp_path):

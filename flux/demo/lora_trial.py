@@ -71,8 +71,8 @@ class JudgeLora:
 
     def shares(self, pils: list[Image.Image], captions: list[world.Caption]) -> tuple[float, float, float]:
         """Of pictures that show the style, the shape, and all of shape, colours and place, where they are asked for."""
-        shapes = world.SHAPES + (world.NEW_SHAPES if self.shape else ())
-        found: list[Reading] = reader.read(np.stack([np.asarray(pil) for pil in pils]), shapes)
+        known = world.SHAPES + (world.NEW_SHAPES if self.shape else ())
+        found: list[Reading] = reader.read(np.stack([np.asarray(pil) for pil in pils]), known)
         pairs = list(zip(found, captions, strict=True))
         shapes = [one.shape == caption.asked.things[0].shape for one, caption in pairs if caption.asked.things[0].shape]
         return (np.mean([one.style == caption.asked.style for one, caption in pairs]), np.mean(shapes),
