@@ -6,8 +6,10 @@ micro-step's data follows from its number alone, so the same run gives the same 
 on one process, two or eight, and may be stopped on some and resumed on others.
 """
 
+import gc
 import os
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -157,6 +159,8 @@ def join() -> Team:
     if size == 1:
         return ALONE
     if not dist.is_initialized():
+        import torch.distributed.nn  # noqa: F401  before the group is there: its functions' defaults would keep it for ever
+
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)))
         dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
@@ -164,5 +168,10 @@ def join() -> Team:
 
 
 def leave() -> None:
+    """Every process, as its last act. gloo's threads still hold the last exchanged tensors for a moment; one that lets go of
+    them while the interpreter ends aborts the process (SIGABRT), after all was saved."""
     if dist.is_available() and dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
+        gc.collect()  # engines, in cycles: with the last one goes the group, and waits for its threads
+        time.sleep(0.2)  # FSDP2 keeps the group
