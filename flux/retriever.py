@@ -37,17 +37,17 @@ class TrainRetriever(Training):
     weights: Path | None = None  # folder with the model's weights, for CLIP
     warm: Path | None = None    # encoder to begin with and leave as it is: only the head on the captions is learned
     kind: Literal["ours", "reference"] = "ours"  # of encoder and loss: ours, or as published (LoRAs of all layers only)
-    steps: int = 600
-    lr: float = 1e-3
+    steps: int = 900
+    lr: float = 1.5e-3
     batch: int = 32             # LoRAs per step, each once
     text: Literal["auto", "pooled", "tokens"] = "auto"  # CLIP's pooled row, or the mean of its tokens; auto: demo's tokens
-    captions: int = 2           # of each LoRA in a step
-    prompts: int = 8            # captions of pictures of its kind that are learned beside its own, where the demo knows it
+    captions: int = 4           # of each LoRA in a step
+    prompts: int = 32           # captions of pictures of its kind that are learned beside its own, where the demo knows it
     precision: float = 0.95     # share of right answers from which on a search gives them, 0 to 1
     weight_decay: float = 0.1
     schedule: Literal["constant", "cosine"] = "cosine"
     warmup: int = 50
-    ema: float = 0.99
+    ema: float = 0.98
     sample_every: int = 0
     validate_every: int = 100
 

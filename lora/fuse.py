@@ -262,21 +262,38 @@ class Gated(Fusion):
             raise UserError(f"{len(self.names)} LoRAs came with --fuse gates, expected at most {MOST}; leave some out")
         self.gates, self.watched = gates, watched
         self.known = None if embeddings is None or not gates.options.embedding else embeddings
-        self.seen: list[tuple[float, str, str, float]] = []  # time, layer, LoRA, mean of k0 + k1 G
+        self.seen: list[tuple[float, str, str, float]] = []  # time, layer, LoRA, mean of gain (k0 + k1 G)
         self.rows: dict[str, Tensor] | None = None  # while it is a dictionary: sums of k0 + k1 G, (N, out) by layer
         self.counts: dict[str, int] = {}
         self.now: tuple[Tensor, Tensor | None] | None = None
         self.folded: dict[str, Tensor] = {}
         self.entropy: list[Tensor] | None = None  # while it is a list: of every layer's gates, in nats
+        self.gains: dict[tuple[str, str], Tensor] = {}  # (layer, LoRA) -> (out,)
+        self.left: set[tuple[str, str]] = set()  # those that no factor bears
+        if gates.options.gain and self.known is not None and len(self.names) > 1:
+            self.shared = self.gained()
         plans = {}
         for layer, (base, members) in loras.layers.items():
-            members = {name: member for name, member in members.items() if member[1]}
+            _, members = self.shared.get(layer, (base, {name: member for name, member in members.items() if member[1]}))
             if layer not in gates:
                 factor = 1 / max(1, len(self.names) / 2)
                 plans[layer] = plan(base, [(terms, factor * s) for terms, s in members.values()])
             elif len(members) > 1 or members and gates.options.single:
                 plans[layer] = self.apart(layer, base, members)
         loras.set_plans(plans)
+
+    def gained(self) -> dict[str, tuple[nn.Module, dict[str, Member]]]:
+        """`shared` with every LoRA's gains multiplied into it; where it is not factors, they are kept for the rule."""
+        company, out = self.gates.company(torch.stack([self.known[name] for name in self.names])), {}
+        for layer, (base, members) in self.shared.items():
+            if layer in self.gates:
+                self.gains |= {(layer, name): own
+                               for name, own in zip(self.names, self.gates.gains(layer, company), strict=True)}
+                self.left |= {(layer, name) for name, (terms, _) in members.items() if not weighable(terms)}
+                members = {name: (terms if (layer, name) in self.left else weighed(terms, self.gains[layer, name], layer), s)
+                           for name, (terms, s) in members.items()}
+            out[layer] = base, members
+        return out
 
     def apart(self, layer: str, base: nn.Module, members: Mapping[str, Member]) -> Apart:
         own, names, strengths = self.gates.of(layer), list(members), torch.tensor([s for _, s in members.values()])
@@ -301,6 +318,8 @@ class Gated(Fusion):
 
         def rule(y: Tensor, deltas: Sequence[Tensor]) -> Tensor:
             given, shift = own.gate(len(names)), offset()
+            deltas = [delta * self.gains[layer, name].to(delta) if (layer, name) in self.left else delta
+                      for name, delta in zip(names, deltas, strict=True)]
             if self.watches:
                 self.note(layer, names, given, opening(y, deltas, given, shift, own.slices).float())
             return eager(y, deltas, given, strengths, shift, own.slices)
@@ -325,8 +344,9 @@ class Gated(Fusion):
             inside = opened.clamp(1e-5, 1 - 1e-5)  # at its ends the entropy has no gradient
             self.entropy.append(torch.special.entr(inside).add(torch.special.entr(1 - inside)).mean())
         if self.watched:
-            for name, share in zip(names, passing.flatten(1).mean(1).tolist(), strict=True):
-                self.seen.append((self.at, layer, name, share))
+            for name, share in zip(names, passing, strict=True):
+                gains = self.gains.get((layer, name), share.new_ones(()))
+                self.seen.append((self.at, layer, name, (share * gains).mean().item()))
         if self.rows is not None:
             each = passing.flatten(1, -2)
             self.rows[layer] = self.rows.get(layer, 0) + each.sum(1)
@@ -364,15 +384,20 @@ class Static(Gated):
         self.loras.set_plans(plans)
 
 
+def weighable(terms: Sequence[Term]) -> bool:
+    return all(isinstance(term, LowRank | Bias) for term in map(as_low_rank, terms))
+
+
 def weighed(terms: Sequence[Term], rows: Tensor, layer: str) -> tuple[Term, ...]:
-    """Terms whose outputs are multiplied with rows (out,): constant gates, written into the factors."""
+    """Terms whose outputs are multiplied with rows (out,), by their factors. Gradients reach rows."""
     out = []
     for term in map(as_low_rank, terms):
-        own = rows[term.start:term.start + term.shape[0]].cpu()
+        own = rows[term.start:term.start + term.shape[0]]
         if isinstance(term, LowRank):
+            own = own.to(term.B.device)
             out.append(LowRank(term.A, term.B.float() * own[:, None], term.scale, term.start))
         elif isinstance(term, Bias):
-            out.append(Bias(term.value.float() * own, term.start))
+            out.append(Bias(term.value.float() * own.to(term.value.device), term.start))
         else:
             raise UserError(f"{layer} has a {type(term).__name__}, which cannot be weighed by rows; expected plain LoRAs "
                             "for --fuse static; take --fuse gates")

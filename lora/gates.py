@@ -2,13 +2,13 @@
 
 In a linear layer with output y and LoRAs' l_i, a gate weighs every l_i per token and output. The arithmetic, and both its
 forms, are in `kernels/gated_lora_linear.py`; here are the parameters. `Published` is the gate as published, under its names:
-304 layers and 27.3 M parameters for FLUX.1. `Ours` weighs around the plain sum: untrained it is sum_i l_i / sqrt(N); norms
-go over slices (q, k, v ...) of a row; time and what a LoRA is (its embedding by `encoder.py`) shift a gate; and one LoRA
+304 layers and 27.3 M parameters for FLUX.1. `Ours` weighs around the plain sum, and untrained is the plain sum. Norms go
+over slices (q, k, v ...) of a row; time and what a LoRA is (its embedding by `encoder.py`) shift a gate. What a LoRA is
+and what the others are give each of its outputs a gain, which is multiplied into B and costs nothing in a step. One LoRA
 alone is not gated at all. All LoRAs share one set of gates, so their order is of no account.
 """
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +42,7 @@ class Options:
     time: bool = True
     slices: bool = True  # norms over slices, not whole rows
     single: bool = False  # gate one LoRA alone too
+    gain: int = 0  # features of a LoRA and its company that its outputs' gains are made of; 0 without, needs `embedding`
 
 
 class LayerGate(nn.Module):
@@ -82,21 +83,31 @@ class Published(LayerGate):
 
 
 class Ours(LayerGate):
-    """Section 3.2: beta(N) (1 + lambda (2 G_i - 1)), all weights zero at first."""
+    """Section 3.2: beta(N) (1 + lambda (2 G_i - 1)), all weights zero at first.
+
+    From beta 1 and lambda 1/2, where the spec's 1/sqrt(N) and 0.1 take several times as many steps.
+    """
 
     def __init__(self, layer: Layer, options: Options):
         super().__init__(layer, options)
         parts = len(self.slices)
-        self.mix = nn.Parameter(torch.full((parts,), math.log(0.1 / 0.9)))  # the logit of lambda
-        self.beta = nn.Parameter(torch.tensor([n ** -0.5 for n in range(2, MOST + 1)]))
+        self.mix = nn.Parameter(torch.zeros(parts))  # the logit of lambda
+        self.beta = nn.Parameter(torch.ones(MOST - 1))
         if options.time:
             self.time = _zero(nn.Linear(TIME, parts))
         if options.embedding:
             self.member = _zero(nn.Linear(64, parts, bias=False))
+        if options.gain:
+            self.gain = _zero(nn.Linear(options.gain, layer.rows, bias=False))
 
     def passing(self, count: int) -> tuple[Tensor, Tensor]:
         mix = torch.cat([part.expand(width) for part, width in zip(self.mix.sigmoid(), self.slices, strict=True)])
         return around_sum(mix, 1.0 if count == 1 else self.beta[count - 2], count, self.options.compete)
+
+
+def _scaled(embeddings: Tensor) -> Tensor:
+    """(N, d), each with a mean square of 1."""
+    return F.normalize(embeddings, dim=1) * embeddings.shape[1] ** 0.5
 
 
 def _zero(linear: nn.Linear) -> nn.Linear:
@@ -117,6 +128,8 @@ class Gates(nn.Module):
         self.model_dict = nn.ModuleDict({self.names[layer.name]: kind(layer, options) for layer in layers})
         if options.embedding:
             self.member_in = nn.Linear(options.embedding + TIME, 64)
+        if options.gain:
+            self.gain_in = nn.Linear(2 * options.embedding, options.gain)
 
     def __contains__(self, layer: str) -> bool:
         return layer in self.names
@@ -131,10 +144,21 @@ class Gates(nn.Module):
         if not self.options.embedding:
             return time, None
         assert embeddings is not None, "these gates want to know the LoRAs"
-        who = F.normalize(embeddings.to(own), dim=1) * embeddings.shape[1] ** 0.5
+        who = _scaled(embeddings.to(own))
         seen = time if self.options.time else torch.zeros_like(time)
         pairs = torch.cat((who.expand(len(t), -1, -1), seen[:, None].expand(-1, len(who), -1)), dim=-1)
         return time, F.silu(self.member_in(pairs))
+
+    def company(self, embeddings: Tensor) -> Tensor:
+        """What is known of N LoRAs (N, d) -> (N, gain): of each and the mean of the others, whatever their order."""
+        who = _scaled(embeddings.to(next(self.parameters())))
+        others = (who.sum(0) - who) / max(1, len(who) - 1)
+        return F.silu(self.gain_in(torch.cat((who, others), dim=1)))
+
+    def gains(self, layer: str, company: Tensor) -> Tensor:
+        """(N, O), 1 before training, from 0 to 2: what each LoRA's outputs are multiplied with before the gate. A third of
+        the logit, for which the other parameters' learning rate would be too fast."""
+        return 2 * torch.sigmoid(self.of(layer).gain(company) / 3)
 
     def offset(self, layer: str, count: int, time: Tensor, members: Tensor | None) -> Tensor | None:
         """(B, N, slices), which the logits are shifted by, or None."""
@@ -150,13 +174,14 @@ class Gates(nn.Module):
 
 def save(path: Path, gates: Gates, about: Mapping[str, object] | None = None) -> None:
     """about: what else the header shall say, such as the encoder whose embeddings were learned with."""
-    checkpoint.save(path, gates.state_dict(), {HEADER: json.dumps({"options": vars(gates.options), **(about or {})})})
+    head = {"options": vars(gates.options), "layers": [layer.name for layer in gates.layers], **(about or {})}
+    checkpoint.save(path, gates.state_dict(), {HEADER: json.dumps(head)})
 
 
 def load(path: Path, layers: Sequence[Layer], called: Mapping[str, str]) -> tuple[Gates, dict]:
     """Gates and their header; of a file without one, the published layout is meant. Strict about names and shapes.
 
-    called: the layers' names in published files.
+    layers: of the model, of which our files may have gates for some only. called: their names in published files.
     """
     tensors = checkpoint.read(path)
     head = checkpoint.read_header(checkpoint.locate(path)).metadata.get(HEADER)
@@ -164,6 +189,9 @@ def load(path: Path, layers: Sequence[Layer], called: Mapping[str, str]) -> tupl
         about = {"options": {"kind": "published"}} if head is None else dict(json.loads(head))
         options = Options(**about["options"])
         assert options.variant in TERMS
+        if some := about.get("layers"):
+            assert set(some) <= {layer.name for layer in layers}
+            layers = [layer for layer in layers if layer.name in some]
         with torch.device("meta"):
             gates = Gates(layers, options, called if options.kind == "published" else None)
     except (KeyError, TypeError, ValueError, AssertionError, RuntimeError) as error:

@@ -11,7 +11,7 @@ from PIL import Image
 
 import sample
 import train
-from flux import checkpoint, config, lora_names, pictures, weights
+from flux import checkpoint, config, draws, lora_names, pictures, weights
 from flux.config import DEMO
 from flux.demo import folder, pool
 from flux.errors import UserError
@@ -177,7 +177,7 @@ def test_loras_on_a_streamed_transformer_give_the_same_picture(capsys):
     assert "plan: fp32, streamed;" in capsys.readouterr().out
 
 
-def test_the_pool_trains_what_is_missing_and_says_what_it_has(monkeypatch):
+def test_the_pool_trains_what_is_missing_and_says_what_it_has(monkeypatch, capsys):
     monkeypatch.setattr(pool, "POOL", Path("pool").absolute())
     words = ["demo", "pool", "--only", "candy-checks-house", "--steps", "2", "--batch", "2", "--pictures", "3"]
     train.main(words)
@@ -190,3 +190,17 @@ def test_the_pool_trains_what_is_missing_and_says_what_it_has(monkeypatch):
     train.main(words)
     assert Path(f"pool/{name}.safetensors").stat().st_mtime_ns == before
     assert len({entry.name for entry in pool.entries()}) == 96 and sum(entry.held_out for entry in pool.entries()) >= 20
+    capsys.readouterr()
+    train.main(["demo", "judge-pool", "--count", "2", "--steps", "1"])
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("| style and object | 2 |")]
+    assert len(told) == 1 and told[0].count("%") == 3, "only what is there is judged"
+
+
+def test_scenes_of_a_member_are_of_its_kind():
+    for entry in pool.entries()[::7]:
+        rng, colours = draws.rng("kind", entry.name), pool.PALETTES[entry.palette]
+        for scene in [entry.scene(rng) for _ in range(4)]:
+            assert scene.style == entry.style and {scene.background, scene.things[0].colour} <= set(colours)
+            assert entry.shape in ("", scene.things[0].shape)
+    plain = pool.Entry("", "", "warm")
+    assert all(plain.scene(draws.rng("plain", i)).held_out for i in range(8))

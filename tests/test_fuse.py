@@ -218,15 +218,15 @@ def test_no_lora_and_one_lora_exactly(learned):
 
 
 @pytest.mark.parametrize("compete", [True, False])
-def test_untrained_they_are_the_sum_over_sqrt(compete):
+def test_untrained_they_are_the_plain_sum(compete):
     adapters = [lora(1), lora(2), lora(3)]
-    torch.testing.assert_close(gated(adapters, made=gates(False, embedding=6, compete=compete)), ran("sqrt", adapters),
+    torch.testing.assert_close(gated(adapters, made=gates(False, embedding=6, compete=compete)), ran("sum", adapters),
                                rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("compete", [True, False])
 def test_order_is_of_no_account(compete):
-    made = gates(embedding=6, compete=compete)
+    made = gates(embedding=6, compete=compete, gain=5)
     adapters = [lora(1), lora(2, 2), lora(3, 4, ("second",))]
     expected = gated(adapters, [1.0, 0.6, 0.8], made)
     for order in itertools.permutations(range(3)):
@@ -236,7 +236,31 @@ def test_order_is_of_no_account(compete):
             loras.attach(f"lora {i}", adapters[i], [1.0, 0.6, 0.8][i])
         found = fuse.put("gates", loras, gates=made, embeddings=KNOWN).velocity(model, TIMES)(x(), at(0.7))
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
-    assert (expected - ran("sqrt", adapters, [1.0, 0.6, 0.8])).abs().max() > 0.01  # they do something
+    assert (expected - ran("sum", adapters, [1.0, 0.6, 0.8])).abs().max() > 0.01  # they do something
+
+
+def test_gains_by_hand():
+    """What each LoRA's outputs are multiplied with, as factors and as what is none; by itself nothing is."""
+    made = gates(False, embedding=6, gain=5)
+    with torch.no_grad():
+        for layer in LAYERS:
+            made.of(layer.name).gain.weight.normal_(0, 2)
+    known = torch.stack([KNOWN["lora 0"], KNOWN["lora 1"], KNOWN["lora 2"]])
+    who = known / known.square().mean(1, keepdim=True).sqrt()
+    company = F.silu(made.gain_in(torch.stack([torch.cat((who[i], (who.sum(0) - who[i]) / 2)) for i in range(3)])))
+    adapters = [lora(1), lora(2), lora(3)]
+    g = torch.Generator().manual_seed(5)
+    adapters[1] = Adapter({**adapters[1].layers, "second": (LoKr(torch.randn(3, 4, generator=g) * 0.3,
+                                                                 (torch.randn(4, 5, generator=g) * 0.3,)),)})
+
+    def change(name: str) -> Tensor:
+        gain = 2 * torch.sigmoid(company @ made.of(name).gain.weight.T / 3)
+        return sum(gain[i][:, None] * dense(one, name) for i, one in enumerate(adapters))
+    with torch.no_grad():
+        expected = with_matrices(change("first"), change("second"))(x(), at(0.7))
+    torch.testing.assert_close(gated(adapters, made=made), expected, rtol=1e-4, atol=1e-5)
+    assert (expected - ran("sum", adapters)).abs().max() > 0.02, "they do something"
+    assert torch.equal(gated([lora(1)], [0.8], made), on([lora(1)], [0.8])[0](x(), at(0.7)))
 
 
 def test_linear_in_strength():
@@ -315,7 +339,7 @@ def test_static_equals_constant_gates():
     adapters = [lora(1), lora(2)]
     by_gates = ran("gates", adapters, [1.0, 0.5], gates=made)
     assert (by_gates - ran("static", adapters, [1.0, 0.5], gates=made)).norm() < 1e-3 * by_gates.norm()
-    assert (by_gates - ran("sqrt", adapters, [1.0, 0.5])).norm() > 1e-2 * by_gates.norm()
+    assert (by_gates - ran("sum", adapters, [1.0, 0.5])).norm() > 1e-2 * by_gates.norm()
 
 
 def test_a_watched_gate_draws_the_same_and_is_noted():

@@ -93,12 +93,22 @@ def test_held_out_pairs_are_never_trained_on():
     assert all(len(case.members) == 4 for case in fusion_trial.cases(POOL, 4, 1, 2, 0))
 
 
+def test_an_object_has_its_share_of_the_loss():
+    mask = np.zeros((64, 48), np.float32)
+    mask[20:40, 17:31] = 1  # touches two of the twelve tokens
+    for focus, of_two in ((0.5, 0.5), (0.8, 0.8), (0.0, 2 / 12)):
+        weights_ = fusion_stage.token_weights(mask, focus)
+        assert weights_.mean().item() == pytest.approx(1) and len(weights_) == 12
+        assert weights_[[4, 7]].sum().item() == pytest.approx(12 * of_two)
+    assert torch.equal(fusion_stage.token_weights(mask * 0, 0.5), torch.ones(12))
+
+
 def test_a_term_left_out(trained):
     read, _ = gates.load(trained, fusion.lora_layers.layers(preset("demo").flux), {})
     with torch.no_grad():
         for parameter in read.parameters():
             parameter += 0.1
-    for term in ("weight_cross", "time", "mix"):
+    for term in ("weight_cross", "time", "gain", "mix"):
         for name, tensor in fusion_trial.without(read, term).state_dict().items():
             assert torch.equal(tensor, read.state_dict()[name]) != (name.split(".")[2:3] == [term]), name
 

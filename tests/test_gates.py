@@ -52,6 +52,15 @@ def test_ours_come_back_whole(tmp_path):
     assert all(torch.equal(tensor, read.state_dict()[name]) for name, tensor in made.state_dict().items())
 
 
+def test_gates_of_some_layers_are_a_file_too(tmp_path):
+    layers, path = lora_layers.layers(TINY), tmp_path / "g.safetensors"
+    gates.save(path, Gates(layers[2:4], Options(embedding=5, gain=3)))
+    read, _ = gates.load(path, layers, called(layers))
+    assert read.layers == layers[2:4] and layers[0].name not in read and read.options.gain == 3
+    with pytest.raises(checkpoint.CheckpointError, match="no set of gates"):
+        gates.load(path, layers[4:], called(layers))
+
+
 @pytest.mark.parametrize("spoil", ["missing", "shape", "unknown", "header"])
 def test_what_is_no_set_of_gates(tmp_path, spoil):
     layers, path = lora_layers.layers(TINY), tmp_path / "g.safetensors"

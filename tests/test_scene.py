@@ -112,6 +112,16 @@ def test_a_style_changes_the_picture(style):
         assert abs(plain - styled).max() > 15
 
 
+@pytest.mark.parametrize("style", ["stripes", "checks", "halftone", "pixel"])
+def test_a_pattern_is_the_same_under_every_token(style):
+    """Tokens are 16 pixels wide; far from the object all show the same piece, which is not plain."""
+    scene = replace(sample_scene(np.random.default_rng(5), things=1), light="normal", finish="flat", style=style)
+    thing = replace(scene.things[0], x=0.75, y=0.75, radius=0.1)
+    pixels = render(replace(scene, things=(thing,)))[0].astype(int)
+    tokens = pixels[:64, :64].reshape(4, 16, 4, 16, 3).swapaxes(1, 2).reshape(16, -1)
+    assert abs(tokens - tokens[0]).max() <= 1 and tokens[0].std() > 10
+
+
 def test_other_sizes_show_the_same_scene():
     scene = scenes(1, things=1)[0]
     small, large = render(scene, 64)[0].astype(float), render(scene, 128)[0].astype(float)

@@ -31,7 +31,9 @@ from lora.gates import Gates, Options
 from lora.inject import Loras
 from lora.layers import Plan, plan
 
-COUNTS = {2: 0.6, 3: 0.25, 4: 0.1, 5: 0.05}  # how often so many LoRAs are there; one alone is not gated
+COUNTS = {2: 0.7, 3: 0.2, 4: 0.06, 5: 0.04}  # how often so many LoRAs are there; one alone is not gated
+
+GAIN = 32  # features that gains are made of
 
 
 @dataclass(frozen=True)
@@ -46,17 +48,19 @@ class TrainFusion(Training):
     variant: Literal["full", "no_base", "no_cross", "no_lora"] = "full"  # what the gate does not see
     compete: bool = False       # a softmax over the LoRAs in place of a sigmoid for each
     embedding: bool = True      # tell the gates what each LoRA is
+    gain: bool = True           # and learn a gain of its outputs from that and from what the others are
     time: bool = True           # and how far the picture is
     slices: bool = True         # norms over slices such as q, k, v, not whole rows
-    composed: float = 0.6       # share of steps whose pictures show a style and an object
-    away: float = 1.0           # how far from the bare model's velocity the target lies: 1 at the picture's, 2 twice as far
+    composed: float = 0.92      # share of steps whose pictures show a style and an object
+    away: float = 1.4           # how far from the bare model's velocity the target lies: 1 at the picture's, 2 twice as far
+    focus: float = 0.5          # share of a picture's loss that its object has, however small it is; 0: by its area
     teacher: float = 0.0        # weight of the distance to the best of: the sum / sqrt(N), either LoRA alone
     hinge: float = 0.1          # weight of: a picture must fit its own caption better than a distractor's
     entropy: float = 0.01       # weight of the gates' entropy
-    extra_every: int = 4        # steps from one with these three terms, which cost three more passes, to the next
-    steps: int = 800
-    lr: float = 1e-2
-    batch: int = 8              # pictures per step, all under the same LoRAs
+    extra_every: int = 0        # steps from one with these three terms, which cost three more passes; 0: none has them
+    steps: int = 1000
+    lr: float = 3e-2
+    batch: int = 4              # pictures per step, all under the same LoRAs
     warmup: int = 20
     schedule: Literal["constant", "cosine"] = "cosine"
     ema: float = 0.98
@@ -68,8 +72,9 @@ class TrainFusion(Training):
         if self.model != "demo":
             raise UserError(f"--model {self.model}: gates are trained on pictures of the demo's renderer, expected demo; "
                             "others need pictures of their LoRAs, which is not done yet")
-        if not 0 <= self.composed <= 1:
-            raise UserError(f"--composed {self.composed}: expected a share from 0 to 1")
+        for name in ("composed", "focus"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise UserError(f"--{name} {getattr(self, name)}: expected a share from 0 to 1")
 
     def task(self):
         return FusionTask(self)
@@ -111,11 +116,13 @@ class FusionTask:
             self.known = {one.name: searcher.embed(one.file)[0].clone() for one in self.members}
             width = len(next(iter(self.known.values())))
         torch.manual_seed(draws.seed_of(settings.seed, "fusion"))
-        self.gates = Gates(lora_layers.layers(self.preset.flux), Options(
-            settings.kind, settings.variant, settings.compete, width, settings.time, settings.slices))
         used = {layer for adapter in self.adapters.values() for layer in adapter.layers}
+        some = [layer for layer in lora_layers.layers(self.preset.flux)
+                if layer.name in used or settings.kind == "published"]  # whose files have all layers
+        self.gates = Gates(some, Options(settings.kind, settings.variant, settings.compete, width, settings.time,
+                                         settings.slices, gain=GAIN if width and settings.gain else 0))
         for layer in self.gates.layers:
-            self.gates.of(layer.name).requires_grad_(layer.name in used)  # no LoRA of the pool has the others
+            self.gates.of(layer.name).requires_grad_(layer.name in used)
         self.loras = Loras(self.network)
 
     def trainable(self) -> nn.Module:
@@ -139,20 +146,23 @@ class FusionTask:
                        tuple(scene_of(contrast, rng) for _ in range(self.settings.batch)), len(meant))
 
     def batch(self, step: int, micro: int):
-        """The example, latents (B, L, 64), noise, times, and the conditions of its captions and, every few steps, of the
-        distractor's."""
+        """The example, latents (B, L, 64), weights of tokens (B, L), noise, times, and the conditions of its captions and,
+        every few steps, of the distractor's."""
         example = self.example(step, micro)
         rng, g = (make(self.settings.seed, "fusion", step, micro) for make in (draws.rng, draws.generator))
-        pixels = np.stack([world.render(scene)[0] for scene in example.scenes])
+        drawn, masks = zip(*map(world.render, example.scenes), strict=True)
+        pixels = np.stack(drawn)
         with torch.no_grad():
             image = torch.from_numpy(pixels).permute(0, 3, 1, 2).float() / 127.5 - 1
             x0 = latents.pack(self.autoencoder.encode(image))
         eps = torch.randn(x0.shape, generator=g)
         t = flow.draw_sampled_t(len(x0), g, flow.mu(x0.shape[1]))
+        weight = torch.stack([token_weights(mask.max(0), self.settings.focus) for mask in masks])
         own, other = ([world.sample_caption(scene, rng, full=True).text for scene in scenes]
                       for scenes in (example.scenes, example.others))
-        extra = step % self.settings.extra_every == self.settings.extra_every - 1
-        return example, x0, eps, t, self.condition(own), self.condition(other) if extra else None
+        every = self.settings.extra_every
+        extra = every > 0 and step % every == every - 1
+        return example, x0, weight, eps, t, self.condition(own), self.condition(other) if extra else None
 
     def condition(self, words: list[str]) -> Condition:
         txt, vec = self.encoders(words)
@@ -160,7 +170,7 @@ class FusionTask:
 
     def loss(self, batch) -> Tensor:
         """Flow matching (B,) under the gates, and every few steps what else there is."""
-        example, x0, eps, t, own, other = batch
+        example, x0, weight, eps, t, own, other = batch
         self.put(example.members)
         x, target = flow.interpolate(x0, eps, t), eps - x0
         teach = self.settings.teacher if other and example.meant > 1 else 0.0
@@ -169,7 +179,7 @@ class FusionTask:
         fusing = Gated(self.loras, self.gates, self.known)
 
         def error(v: Tensor) -> Tensor:
-            return (v - target).square().flatten(1).mean(1)
+            return ((v - target).square().mean(2) * weight).mean(1)
 
         def velocity(cond: Condition) -> Tensor:
             return fusing.velocity(conditioning.velocity(self.network, cond))(x, t)
@@ -222,6 +232,16 @@ class FusionTask:
             shutil.copyfile(self.settings.encoder, folder / "final.encoder.safetensors")
         gates.save(folder / "final.safetensors", self.gates, about)
         print(f"draw with them: python sample.py --lora ONE --lora OTHER --fuse gates:{folder / 'final.safetensors'} ...")
+
+
+def token_weights(mask: np.ndarray, focus: float) -> Tensor:
+    """An object's mask (H, W) -> (L,) with a mean of 1, a share `focus` of it on the tokens that the object touches."""
+    h, w = (edge // 16 for edge in mask.shape)
+    seen = torch.from_numpy(mask).reshape(h, 16, w, 16).amax((1, 3)).flatten() > 0
+    share = seen.float().mean()
+    if not focus or not 0 < share < 1:
+        return torch.ones(len(seen))
+    return torch.where(seen, focus / share, (1 - focus) / (1 - share))
 
 
 def taught(member: Member) -> tuple[str, str]:

@@ -23,7 +23,7 @@ from lora.gates import Gates
 from lora.inject import Loras
 
 PAIRS_ONLY = ("klora", "ziplora")
-TERMS = ("weight_base", "weight_lora", "weight_cross", "bias", "time", "member", "mix")  # of a gate, left out one by one
+TERMS = ("weight_base", "weight_lora", "weight_cross", "bias", "time", "member", "gain", "mix")  # left out one by one
 
 
 @dataclass(frozen=True)

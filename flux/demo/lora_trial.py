@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image
+from tqdm import tqdm
 
 from flux import cli, draws, pictures
 from flux.config import DEMO
 from flux.demo import reader
 from flux.demo import scene as world
+from flux.demo.pool import entries
 from flux.demo.reader import Reading
 from flux.errors import UserError
 
@@ -77,6 +79,34 @@ class JudgeLora:
         shapes = [one.shape == caption.asked.things[0].shape for one, caption in pairs if caption.asked.things[0].shape]
         return (np.mean([one.style == caption.asked.style for one, caption in pairs]), np.mean(shapes),
                 np.mean([one.shows(caption.asked) for one, caption in pairs]))
+
+
+@dataclass(frozen=True)
+class JudgePool:
+    """The pool's LoRAs, each alone at strength 1, judged by the reader on captions of its kind that it never saw."""
+
+    count: int = 6              # pictures of each LoRA
+    guidance: float = DEMO.guidance  # distilled guidance
+    steps: int = 12             # Euler steps
+    seed: int = 1               # of captions and noise
+
+    def run(self) -> None:
+        rows: dict[str, list[tuple[bool, bool, bool]]] = {}
+        for entry in tqdm([entry for entry in entries() if entry.path.exists()], desc="LoRAs", disable=None):
+            rng = draws.rng("judge pool", self.seed, entry.name)
+            captions = [world.sample_caption(replace(entry.scene(rng), light="normal", finish="flat"), rng, full=True)
+                        for _ in range(self.count)]
+            pils = draw(tuple(caption.text for caption in captions), (str(entry.path),), steps=self.steps,
+                        guidance=self.guidance, seed=draws.seed_of("judge pool", self.seed, entry.name) % 2**31)
+            found = reader.read(np.stack([np.asarray(pil) for pil in pils]),
+                                world.SHAPES + (world.NEW_SHAPES if entry.shape else ()))
+            each = [(one.style == entry.style, one.shape == caption.asked.things[0].shape, one.shows(caption.asked))
+                    for one, caption in zip(found, captions, strict=True)]
+            for name in (entry.kind,) if entry.style and entry.shape else (entry.kind, entry.style or entry.shape):
+                rows.setdefault(name, []).extend(each)
+        print("| LoRAs of the pool, alone | pictures | style | shape | shape, colours, place |", "|---" * 5 + "|", sep="\n")
+        for name, each in rows.items():
+            print(f"| {name} | {len(each)} | " + " | ".join(f"{share:.0%}" for share in np.mean(each, axis=0)) + " |")
 
 
 @dataclass(frozen=True)

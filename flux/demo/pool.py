@@ -6,12 +6,14 @@ to find LoRAs by their weights.
 """
 
 import json
+import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from itertools import product
 from pathlib import Path
 from typing import Literal
 
+import numpy as np
 from PIL import Image
 
 from flux import checkpoint, cli, draws, lora_names, pictures, weights
@@ -24,6 +26,9 @@ from lora.metadata import about
 
 PALETTES = {"warm": ("red", "orange", "yellow", "white"), "cold": ("blue", "cyan", "purple", "white"),
             "candy": ("pink", "purple", "yellow", "cyan"), "forest": ("green", "black", "yellow", "white")}
+FILLERS = ("a", "an", "the", "of", "with", "and", "for", "some", "drawn", "made", "image", "art", "scene", "poster",
+           "simple", "bold", "nice", "mostly", "using", "very", "please", "like", "design", "flat", "print", "card", "on",
+           "by", "my", "tones", "shades", "mood", "theme", "set", "plain", "clean", "here", "kind")
 POOL = weights.DEMO / "pool"
 
 
@@ -58,7 +63,7 @@ class Entry:
                 "short": " ".join(filter(None, (self.palette, self.style, self.shape)))}
 
     def described(self, count: int, *key: int | str) -> list[str]:
-        """In other words and orders than `captions`."""
+        """In other words and orders than `captions`, most of them with a few words that say nothing."""
         rng, made = draws.rng("described", self.name, *key), []
         for _ in range(count):
             colours = ", ".join(rng.permutation(PALETTES[self.palette]))
@@ -67,12 +72,13 @@ class Entry:
             parts += [[self.style, f"{self.style} style", f"in {self.style} style"]] if self.style else []
             parts += [[self.shape, f"a {self.shape}", f"a picture of a {self.shape}"]] if self.shape else []
             said = [str(rng.choice(each)) for each in parts]
+            said += [str(word) for word in rng.choice(FILLERS, rng.integers(0, 5))]
             made.append(str(rng.choice([" ", ", "])).join(rng.permutation(said)))
         return made
 
     @property
     def unseen(self) -> list[str]:
-        """Descriptions that nobody learns from."""
+        """Descriptions that nobody learns from, in forms and with words that no other has."""
         what, colours = f"a {self.shape}" if self.shape else "shapes", ", ".join(PALETTES[self.palette])
         styled, look = (f" {word.format(self.style)}" if self.style else "" for word in ("in {} style", "with a {} look"))
         painted = " ".join(filter(None, (self.style, self.shape, "painted", self.palette)))
@@ -85,6 +91,16 @@ class Entry:
         colours = PALETTES.get(self.palette, tuple(world.COLOURS))
         return [world.sample_caption(world.sample_scene(rng, False, 1, shapes, self.style, colours), rng).text
                 for _ in range(count)]
+
+    def scene(self, rng: np.random.Generator) -> world.Scene:
+        """Of its kind, in its palette; of the held-out combinations where they have one."""
+        for held_out in (True, False):
+            try:
+                return world.sample_scene(rng, held_out, 1, (self.shape,) if self.shape else world.SHAPES, self.style,
+                                          PALETTES[self.palette])
+            except ValueError:  # none of these few is held out
+                pass
+        raise AssertionError("a scene that training sees always exists")
 
     @property
     def held_out(self) -> bool:
@@ -106,7 +122,7 @@ def entries() -> list[Entry]:
 class TrainPool:
     """The pool of LoRAs for AutoLoRA, one after the other; goes on where it was stopped."""
 
-    steps: int = 120            # of each LoRA
+    steps: int = 220            # of each LoRA: most of a minute of one core
     rank: int = 2
     lr: float = 4e-3
     batch: int = 6
@@ -141,6 +157,8 @@ class TrainMember(TrainLora):
 
     title: str = ""             # its name in the pool
     schedule: Literal["constant", "cosine"] = "cosine"
+    weakest: float = 0.75       # so that gates may turn it up and down
+    strongest: float = 1.5
     held_out: float = 0.0
     sample_every: int = 0
     keep: int = 1
@@ -165,13 +183,12 @@ def entry_of(about: Mapping) -> Entry | None:
 
 
 def draw_cover(entry: Entry) -> None:
-    """By the command that a user types, from a scene of its own."""
+    """By the command that a user types, from a scene of its own, in plain light and paint."""
     rng = draws.rng("cover", entry.name)
-    shapes = (entry.shape,) if entry.shape else world.SHAPES
-    drawn = world.sample_scene(rng, False, 1, shapes, entry.style, PALETTES[entry.palette])
+    drawn = replace(entry.scene(rng), light="normal", finish="flat")
     text_to_image = cli.recipes()["t2i"]
     command = cli.build(text_to_image, cli.describe(text_to_image).sample, {
-        "prompt": (world.sample_caption(drawn, rng).text,), "lora": (str(entry.path),),
+        "prompt": (world.sample_caption(drawn, rng, full=True).text,), "lora": (str(entry.path),),
         "seed": draws.seed_of("cover", entry.name) % 2**31})
     pil, _ = next(iter(command.images()))
     pictures.write_png(entry.path.with_suffix(".png"), pil.resize((64, 64), Image.Resampling.LANCZOS), None)
@@ -181,6 +198,6 @@ def write_index() -> None:
     rows = {entry.name: {"style": entry.style, "shape": entry.shape, "palette": entry.palette, "kind": entry.kind,
                          "held_out": entry.held_out, "captions": entry.captions,
                          "sha256": checkpoint.fingerprint(entry.path)} for entry in entries() if entry.path.exists()}
-    draft = POOL / ".index.json"
+    draft = POOL / f".index.{os.getpid()}.json"  # two processes with --only may fill one pool
     draft.write_text(json.dumps(rows, indent=1) + "\n")
     draft.replace(POOL / "index.json")

@@ -13,7 +13,7 @@ from flux.demo.evaluate import Evaluate
 from flux.demo.fill_stage import TrainFill
 from flux.demo.fill_trial import JudgeFill
 from flux.demo.flow_stage import TrainFlow, TrainGuidance
-from flux.demo.lora_trial import JudgeLora, ShowLoras
+from flux.demo.lora_trial import JudgeLora, JudgePool, ShowLoras
 from flux.demo.pair_stage import TrainPair
 from flux.demo.pool import TrainPool
 from flux.demo.reader_stage import TrainReader
@@ -36,4 +36,4 @@ class TrainAll:
 
 TRAIN = {"": TrainAll, "autoencoder": TrainAutoencoder, "pair": TrainPair, "flow": TrainFlow, "guidance": TrainGuidance,
          "fill": TrainFill, "reader": TrainReader, "evaluate": Evaluate, "judge-fill": JudgeFill, "judge-lora": JudgeLora,
-         "show-loras": ShowLoras, "pool": TrainPool, "judge-reuse": JudgeReuse}
+         "show-loras": ShowLoras, "pool": TrainPool, "judge-pool": JudgePool, "judge-reuse": JudgeReuse}
