@@ -12,8 +12,8 @@ from PIL import Image
 from test_encoders import MANIFESTS, sized
 
 import train
-from flux import cache, checkpoint, conditioning, flow, latents
-from flux.artaug import differential, evaluate, judging, pairs, prompts, report, scorers, statistics
+from flux import cache, checkpoint, conditioning, flow, latents, regions
+from flux.artaug import differential, evaluate, judging, lessons, pairs, prompts, report, scorers, statistics
 from flux.artaug.settings import Learning, Making
 from flux.clip import AestheticHead, Clip
 from flux.config import ClipTextConfig, ClipVisionConfig, FluxConfig
@@ -193,27 +193,31 @@ def test_a_review_has_the_last_word(tmp_path):
 # Differential training.
 
 def test_times_and_weights_are_the_published_ones():
-    times = differential.times()
+    times = lessons.times()
     assert len(times) == 1000 and times[0] == 1 and times[-1] == pytest.approx(3 * 0.003 / 1.002 / (1 + 0.006 / 1.002))
-    weights = differential.weights_of(times)
+    weights = lessons.weights_of(times)
     assert weights.mean() == pytest.approx(1, abs=1e-5) and weights.min() == 0 and times[weights.argmax()] == pytest.approx(
         0.5, abs=2e-3)
-    assert (differential.weights_of(times, "none") == 1).all()
+    assert (lessons.weights_of(times, "none") == 1).all()
 
 
 def test_the_losses_are_zero_where_they_should_be():
     z, after, eps, sigma = random(2, 6, 64), random(2, 6, 64, seed=1), random(2, 6, 64, seed=2), torch.tensor([0.3, 0.8])
-    assert differential.loss(lambda x, t: eps - z, z, eps, sigma).abs().max() < 1e-10
+    assert lessons.loss(lambda x, t: eps - z, z, eps, sigma).abs().max() < 1e-10
 
     def base(x, t):
         return 0.3 * x
-    moved = differential.paired_loss(lambda x, t: base(x, t) + z - after, base, z, after, eps, sigma)
-    assert moved.abs().max() < 1e-10 < 0.1 < differential.paired_loss(base, base, z, after, eps, sigma).min()
+    moved = lessons.paired_loss(lambda x, t: base(x, t) + z - after, base, z, after, eps, sigma)
+    assert moved.abs().max() < 1e-10 < 0.1 < lessons.paired_loss(base, base, z, after, eps, sigma).min()
 
 
 def picture(seed, count=1):
     """(count, 16, 8, 8) latents, the same everywhere."""
     return random(count, 16, 1, 1, seed=seed).repeat(1, 1, 8, 8)
+
+
+def by_heart(z):
+    return lessons.Pictures(latents.pack(z), "none")
 
 
 class Toy:
@@ -225,6 +229,7 @@ class Toy:
                             axes_dim=(8, 12, 12))
         self.transformer = Flux(config)
         self.loras, self.place, self.size, self.guidance = Loras(self.transformer), torch.device("cpu"), (64, 64), 3.5
+        self.times, self.dtype = [1.0, 0.8, 0.5, 0.0], torch.float32
         optimiser = torch.optim.AdamW(self.transformer.parameters(), lr=2e-3)
         for step in range(150):  # a base that knows pictures of one token each, as a base should know the world
             z, eps = latents.pack(picture(1000 + step, 8)), random(8, 16, 64, seed=step)
@@ -235,8 +240,13 @@ class Toy:
         self.transformer.requires_grad_(False)
 
     def condition(self, said):
-        count = len(said)
-        return conditioning.condition(random(1, 4, 28).repeat(count, 1, 1), random(1, 24).repeat(count, 1), 64, 64, 3.5)
+        txt, vec = (torch.cat([random(1, *shape, seed=ord(word[0]) - ord("a")) for word in said])
+                    for shape in ((4, 28), (24,)))
+        return conditioning.condition(txt, vec, 64, 64, 3.5)
+
+    def velocity(self, said, plans, mode):
+        return regions.velocity_of_each(lambda words: conditioning.velocity(self.transformer, self.condition(words)), said,
+                                        plans, self.size)
 
 
 @pytest.fixture(scope="module")
@@ -246,8 +256,8 @@ def taught():
     settings = Learning(learn_steps=100, learn_batch=1, lr=3e-3, rank=8, weighting="none")
     before, after = picture(1), picture(2)
     student = differential.Student(artist, settings, ("toy",))
-    anchor = student.learn("anchor", before, ["a"])
-    second = student.learn("difference", after, ["a"], anchor.adapter)
+    anchor = student.learn("anchor", by_heart(before), ["a"])
+    second = student.learn("difference", by_heart(after), ["a"], anchor.adapter)
     return artist, state, before, after, anchor, second
 
 
@@ -276,8 +286,64 @@ def test_the_second_lora_alone_moves_from_before_to_after(taught):
 def test_the_second_stage_stands_on_the_anchor(taught):
     artist, _, before, _, anchor, _ = taught
     student = differential.Student(artist, Learning(learn_steps=1, rank=8), ("toy",))
-    worn, bare = (student.learn("again", before, ["a"], each).tests[0][1] for each in (anchor.adapter, None))
+    worn, bare = (student.learn("again", by_heart(before), ["a"], each).tests[0][1] for each in (anchor.adapter, None))
     assert worn == pytest.approx(anchor.tests[-1][1], rel=1e-4) and bare == pytest.approx(anchor.tests[0][1], rel=1e-4)
+
+
+@pytest.fixture(scope="module")
+def lesson(taught):
+    """Three pairs with none, one and two regions."""
+    plans = [EditPlan(tuple(Edit((0, 0, 1, 1) if word == "b" else (0, 0, 0.5, 1), "colour", word) for word in words))
+             for words in ("", "b", "bc")]
+    rows = [{"prompt": "a", "plan": json.loads(json.dumps(plan.as_dict()))} for plan in plans]
+    before, after = (latents.pack(picture(seed, 3)) for seed in (1, 2))
+    return differential.regional(taught[0], Learning(region_scale=3.0), rows, before, after), plans
+
+
+def test_each_pair_is_taught_by_its_own_plan(taught, lesson):
+    img, t = random(3, 16, 64), torch.tensor([0.9, 0.5, 0.5])
+    with torch.no_grad():
+        together = lesson[0].taught([2, 0, 1])(img, t)
+        for k, i in enumerate((2, 0, 1)):
+            areas = [regions.Region(edit.box, edit.prompt, 3.0) for edit in lesson[1][i].edits]
+            alone = taught[0].velocity(["a"], [areas], "blend")(img[k:k + 1], t[k:k + 1])
+            assert torch.allclose(together[k:k + 1], alone, atol=1e-5)
+        plain = conditioning.velocity(taught[0].transformer, taught[0].condition("aaa"))(img, t)
+    changed = [(together[k] - plain[k]).abs().max().item() for k in range(3)]
+    assert changed[1] < 1e-5 < 0.01 < min(changed[0], changed[2]), changed
+
+
+def test_states_of_the_velocity_lie_between_both_pictures_at_times_of_the_sampler():
+    seen = []
+
+    def velocity(img, t):
+        seen.append((img, t))
+        return img
+    lesson = lessons.Regional(torch.zeros(64, 4, 8), torch.ones(64, 4, 8), torch.tensor([0.0]), lambda some: velocity)
+    assert lesson.losses(velocity, lambda v: v, list(range(64)), torch.Generator().manual_seed(0)).max() == 0
+    share = seen[0][0][:, 0, 0]
+    assert (seen[0][0] == share[:, None, None]).all() and 0 <= share.min() < 0.1 and 0.9 < share.max() <= 1
+    lesson.times = torch.tensor([1.0, 0.8])
+    lesson.losses(velocity, lambda v: v, list(range(64)), torch.Generator().manual_seed(0))
+    assert set(seen[-1][1].tolist()) == set(lesson.times.tolist())
+
+
+def test_the_velocity_of_regions_is_learned(taught, lesson):
+    artist, lesson = taught[0], lesson[0]
+    settings = Learning(learn_steps=100, learn_batch=3, lr=3e-3, rank=8)
+    stage = differential.Student(artist, settings, ("toy",)).learn("difference", lesson, ["a"] * 3)
+    assert stage.tests[0][1] == pytest.approx(1, abs=1e-4) and stage.tests[-1][1] < 0.6, stage.tests
+    assert len(stage.losses) == 100 and not stage.end
+    with inject.training(artist.transformer, "blocks", 8) as made, torch.no_grad():
+        for pair in made.values():
+            pair.B.fill_(0.02)
+        velocity = conditioning.velocity(artist.transformer, artist.condition("aaa"))
+        without = partial(differential.switched_off, made)
+
+        def losses(v):
+            return lesson.losses(v, without, [0, 1, 2], torch.Generator().manual_seed(0))
+        assert losses(without(lesson.taught([0, 1, 2]))).max() == 0 < 1e-4 < losses(lesson.taught([0, 1, 2])).min()
+        assert losses(without(velocity))[0] < 1e-9, "where no region is, the base is right"
 
 
 def test_learning_leaves_the_model_as_it_was(taught):
@@ -304,10 +370,10 @@ def test_a_trained_lora_goes_and_given_ones_stay():
 
 
 def test_when_a_stage_ends():
-    assert differential.ends([0.1]) == "" and differential.ends([0.5, 0.14]).startswith("known by heart")
-    assert differential.ends([0.9, 0.8, 0.79, 0.795]) == ""
-    assert differential.ends([0.9, 0.8, 0.79, 0.795, 0.8]).startswith("no better")
-    assert differential.ends([0.9, 0.8, 0.79, 0.795, 0.7]) == ""
+    ends = by_heart(picture(1)).ends
+    assert ends([0.1]) == "" and ends([0.5, 0.14]).startswith("known by heart")
+    assert ends([0.9, 0.8, 0.79, 0.795]) == "" and ends([0.9, 0.8, 0.79, 0.795, 0.8]).startswith("no better")
+    assert ends([0.9, 0.8, 0.79, 0.795, 0.7]) == ""
 
 
 @pytest.mark.parametrize(("grouping", "sizes"), [("groups", [8, 8, 4]), ("per_pair", [1] * 20), ("joint", [20])])
@@ -364,11 +430,12 @@ def test_the_loop_from_prompts_to_a_lora_and_again_from_any_cut(url, tmp_path, c
     run = tmp_path / "artaug"
     words = ["--vlm", url, "--count", "5", "--steps", "2", "--guidance", "2", "--seed", "3", "--out", str(tmp_path),
              "--gain", "-9", "--gain-percentile", "0", "--floor-percentile", "0", "--structure", "-1", "--structure", "2",
-             "--fidelity", "-9", "--change", "0", "--rank", "2", "--group", "3", "--learn-steps", "2", "--device", "cpu"]
+             "--fidelity", "-9", "--change", "0", "--rank", "2", "--grouping", "groups", "--group", "3",
+             "--learn-steps", "2", "--device", "cpu"]
     loop = ["artaug", *words, "--iterations", "1", "--checks", "2", "--fall", "2"]
     train.main(loop)
     out = capsys.readouterr().out
-    assert "passes for 1 x 5 pairs" in out and "critic" in out and "measuring-critic-1" in out
+    assert "passes for 1 x 5 pairs" in out and "critic" in out and "measuring-critic-2" in out
     first, asked = hashes(run), (run / "critic" / "ledger.jsonl").read_text()
     rows = [json.loads(line) for line in (run / "iteration-1" / "manifest.jsonl").read_text().splitlines()]
     assert len(rows) == 5 and all({"plan", "seed", "sha256", "scores", "reasons", "critic", "model"} <= each.keys()
@@ -380,16 +447,22 @@ def test_the_loop_from_prompts_to_a_lora_and_again_from_any_cut(url, tmp_path, c
         (run / "iteration-1" / lost).unlink(missing_ok=True)
     train.main(loop)
     assert hashes(run) == first and (run / "critic" / "ledger.jsonl").read_text() == asked, "no question is asked twice"
+    words += [word for way in (*evaluate.WAYS, "plain", "two_stage", "paired_noise") for word in ("--compare", way)]
     train.main(["artaug", "evaluate", *words, "--held", "3", "--varied", "1", "--strengths", "1", "--strengths", "0"])
     told = json.loads((run / "evaluate.json").read_text())["figures"]
-    assert told.keys() == {"base", "rewrite", "regions", "plain", "artaug", "artaug 0"}
+    assert told.keys() == {"base", "rewrite", "regions", "plain", "two_stage", "paired_noise", "artaug", "artaug 0"}
     assert told["artaug 0"]["against base"]["gain"] == [0, 0, 0] and told["artaug 0"]["against base"]["wins"] == [0, 3, 0]
     assert "| artaug |" in (run / "evaluate.md").read_text()
+    for method in ("velocity", "plain"):  # in bfloat16, as on a GPU
+        train.main(["artaug", "learn", *words[:words.index("--compare")], "--dtype", "bf16", "--method", method])
+        assert hashes(run)[1] != first[1]
 
 
 def test_evaluate_wants_a_loop_first(tmp_path):
     with pytest.raises(UserError, match=r"artaug.safetensors is not there"):
         evaluate.Evaluate(out=tmp_path, vlm="http://localhost:1").run()
+    with pytest.raises(UserError, match="--compare magic: expected some of rewrite, regions, velocity, two_stage"):
+        evaluate.Evaluate(out=tmp_path, compare=("plain", "magic")).run()
 
 
 def test_training_wants_a_critic(tmp_path):

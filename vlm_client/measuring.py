@@ -20,7 +20,7 @@ from PIL import Image
 from vlm_client import boxes, critique
 from vlm_client.boxes import Box
 
-MODEL = "measuring-critic-1"
+MODEL = "measuring-critic-2"
 SAYS = "This is a measuring critic, no language model: it computes figures from pixels and does not know what they show."
 WEAK = 9.0  # a score below is a weakness
 POINTS = 3  # weaknesses that the question asks for
@@ -49,7 +49,7 @@ SCORES = {  # measure -> its values and their scores, joined by straight lines
     "clipping": ((0, 0.01, 0.05, 0.2, 0.5, 1), (10, 10, 8, 5, 3, 1)),
 }
 MENDS = {  # measure -> heading, what against too little and too much of it
-    "exposure": ("exposure and lighting", "bright", "gradient"),
+    "exposure": ("exposure and lighting", "not dim", "not bright"),
     "contrast": ("exposure and lighting", "gradient", ""),
     "colourfulness": ("colour", "gradient", ""),
     "sharpness": ("detail and texture", "large", "large"),
@@ -136,17 +136,23 @@ def subject_box(rgb: np.ndarray) -> Box:
 
 
 def mended(prompt: str, mend: str) -> str:
-    """The prompt with words for what should be otherwise, in the place where a caption has them."""
+    """The prompt with words for what should be otherwise, in the place where a caption has them.
+
+    A size that is said is what was asked for, and stays. A light that is said goes where it is the weakness itself; none is
+    added: bright light takes more contrast than it gives exposure.
+    """
     words = " ".join(prompt.split()[:60]) or "the same picture"
-    if mend == "gradient":
-        if "background" not in words:
+    match mend:
+        case "gradient" if "background" not in words:
             return f"{words} on a gradient background"
-        return words if "gradient background" in words else words.replace("background", "gradient background", 1)
-    if mend == "large":
-        sized = re.sub(r"\b(small|medium)\b", "large", words)
-        named = re.sub(r"\ban? (?!large\b|(\w+ ){0,2}background\b)", "a large ", sized)
-        return named if "large" in named else f"large {named}"
-    return words if mend != "bright" or re.search(r"\blight\b", words) else f"{words} in bright light"
+        case "gradient" if "gradient background" not in words:
+            return words.replace("background", "gradient background", 1)
+        case "not dim" | "not bright":
+            return re.sub(rf",? in {mend[4:]} light\b", "", words)
+        case "large" if not re.search(r"\b(small|medium|large)\b", words):
+            named = re.sub(r"\ban? (?!(\w+ ){0,2}background\b)", "a large ", words)
+            return named if "large" in named else f"large {named}"
+    return words
 
 
 def critique_of(pil: Image.Image, prompt: str, convention: str, most: int) -> dict:
@@ -165,8 +171,9 @@ def critique_of(pil: Image.Image, prompt: str, convention: str, most: int) -> di
         return words
 
     whole, subject = [[name for name in weak if (name in OF_THE_SUBJECT) == local] for local in (False, True)]
-    for names, box, strength, words in ((whole, WHOLE, 0.25 if subject else 1, mends(whole)),
-                                        (subject, subject_box(rgb), 1, mends(weak))):
+    apart = mends(weak) != mends(whole)  # else an edit of the whole says all there is to say
+    for names, box, strength, words in ((whole, WHOLE, 0.25 if apart else 1, mends(whole)),
+                                        (subject if apart else (), subject_box(rgb), 1, mends(weak))):
         if names and words != prompt:
             edits.append({"box": list(boxes.from_fractions(box, convention, pil.size)), "aspect": MENDS[names[0]][0],
                           "prompt": words, "strength": strength})
