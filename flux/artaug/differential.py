@@ -97,6 +97,7 @@ class Student:
             optimiser = torch.optim.AdamW(parameters, lr=s.lr, weight_decay=0.0)
             stage = Stage(Adapter(), tests=[(0, test())])
             for step in range(s.learn_steps):
+                optimiser.param_groups[0]["lr"] = s.lr * lesson.rate(step / s.learn_steps)
                 some = self.batch(len(prompts), step, name)
                 velocity = self.under([prompts[i] for i in some])
                 losses = lesson.losses(velocity, without, some, draws.generator(*self.key, name, step))
