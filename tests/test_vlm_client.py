@@ -336,8 +336,6 @@ def test_scores_follow_the_measures():
     ("a heart", "not dim", "a heart"), ("a heart in soft light", "not dim", "a heart in soft light"),
     ("a heart in dim light with a soft shadow", "not dim", "a heart with a soft shadow"),
     ("pink ring, red background, in dim light", "not dim", "pink ring, red background"),
-    ("a heart on a cyan background in bright light", "not bright", "a heart on a cyan background"),
-    ("a heart in dim light", "not bright", "a heart in dim light"),
     ("", "large", "large the same picture"), ("a b", "", "a b")])
 def test_words_go_where_a_caption_has_them(prompt, mend, expected):
     assert measuring.mended(prompt, mend) == expected

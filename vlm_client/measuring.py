@@ -49,7 +49,7 @@ SCORES = {  # measure -> its values and their scores, joined by straight lines
     "clipping": ((0, 0.01, 0.05, 0.2, 0.5, 1), (10, 10, 8, 5, 3, 1)),
 }
 MENDS = {  # measure -> heading, what against too little and too much of it
-    "exposure": ("exposure and lighting", "not dim", "not bright"),
+    "exposure": ("exposure and lighting", "not dim", "gradient"),
     "contrast": ("exposure and lighting", "gradient", ""),
     "colourfulness": ("colour", "gradient", ""),
     "sharpness": ("detail and texture", "large", "large"),
@@ -138,8 +138,8 @@ def subject_box(rgb: np.ndarray) -> Box:
 def mended(prompt: str, mend: str) -> str:
     """The prompt with words for what should be otherwise, in the place where a caption has them.
 
-    A size that is said is what was asked for, and stays. A light that is said goes where it is the weakness itself; none is
-    added: bright light takes more contrast than it gives exposure.
+    A size that is said is what was asked for, and stays; a light that is said goes where it is the weakness itself. No light
+    is added: "in bright light" takes more contrast than it gives exposure.
     """
     words = " ".join(prompt.split()[:60]) or "the same picture"
     match mend:
@@ -147,8 +147,8 @@ def mended(prompt: str, mend: str) -> str:
             return f"{words} on a gradient background"
         case "gradient" if "gradient background" not in words:
             return words.replace("background", "gradient background", 1)
-        case "not dim" | "not bright":
-            return re.sub(rf",? in {mend[4:]} light\b", "", words)
+        case "not dim":
+            return re.sub(r",? in dim light\b", "", words)
         case "large" if not re.search(r"\b(small|medium|large)\b", words):
             named = re.sub(r"\ban? (?!(\w+ ){0,2}background\b)", "a large ", words)
             return named if "large" in named else f"large {named}"

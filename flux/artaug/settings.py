@@ -22,7 +22,7 @@ class Making(Asking):
     """Settings of every stage that draws pairs and judges them."""
 
     prompts: Path | None = None  # file with one prompt a line; # starts a comment; the demo has captions of its own
-    count: int = 200  # prompts of an iteration; no prompt is used twice
+    count: int = 300  # prompts of an iteration; no prompt is used twice
     model: str = "demo"  # a preset of flux/config.py: demo, dev, krea, schnell
     weights: Path | None = None  # folder with the weights; without it FLUX_WEIGHTS, and for demo the shipped ones
     lora: tuple[str, ...] = ()  # PATH or PATH:SCALE of LoRAs that the base model wears all the time
@@ -42,7 +42,7 @@ class Making(Asking):
     fidelity: float | None = None  # least change of the similarity with the prompt; default: -0.01, demo -0.3
     structure: tuple[float, ...] = ()  # similarity of before and after, least and most; default 0.8 0.985, demo 0.3 0.999
     change: float = 0.05  # least mean absolute change of latents, in their standard deviation
-    target: int = 100  # pairs to keep at most, spread over what they show
+    target: int = 200  # pairs to keep at most, spread over what they show
     seed: int = 0  # of prompts, noise and everything drawn
     out: Path = Path("runs")  # folder that gets the run folder artaug
     device: str = "auto"  # cpu, cuda, cuda:1, mps; auto takes the first GPU there is
@@ -85,7 +85,7 @@ class Learning(Making):
     #                                                                   difference, as published; or the ablations
     grouping: Literal["groups", "per_pair", "joint"] = "joint"  # pairs that one LoRA is trained on; then they are averaged
     group: int = 8  # pairs of a group
-    learn_steps: int = 500  # most optimizer steps of a stage
+    learn_steps: int = 600  # most optimizer steps of a stage
     learn_batch: int = 8  # pictures per optimizer step
     lr: float = 1e-3  # learning rate of AdamW; 1e-4 for FLUX.1-dev
     rank: int = 16  # of each LoRA, and of the average
