@@ -140,7 +140,7 @@ VARIANTS = (  # promise, what is broken, file, text that stands there once, its 
     ("artaug", "states are those of the pictures after", "flux/artaug/lessons.py", "self.after[some], share)",
      "self.after[some], 1.0)", "test_artaug_training.py::test_states_of_the_velocity_lie_between_both_pictures"),
     ("artaug", "what failed a rule is kept", "flux/artaug/pairs.py", "if not held]", "if not held][1:]",
-     "test_artaug_training.py::test_every_rule_refuses_and_says_why"),
+     "test_artaug_pairs.py::test_every_rule_refuses_and_says_why"),
     ("artaug", "regions' prompts see one another", "flux/regional_attention.py", "weights[own, own] = 1",
      "weights[own, :text] = 1", "test_regional_attention.py::test_who_sees_whom"),
     ("artaug", "strengths are left out", "flux/regions.py", "torch.stack([region.strength * soften(",

@@ -324,6 +324,12 @@ def test_scores_follow_the_measures():
     assert measuring.critique_of(fine, PROMPT, "frac", 0)["edits"] == []
 
 
+def test_the_three_worst_headings_are_weak_with_all_their_measures():
+    scores = {"contrast": 3.0, "colourfulness": 4.0, "sharpness": 5.0, "balance": 6.0, "exposure": 8.0, "clipping": 10.0}
+    assert measuring.weaknesses(scores) == ["contrast", "colourfulness", "sharpness", "exposure"]
+    assert measuring.weaknesses(scores | {"exposure": 9.5}) == ["contrast", "colourfulness", "sharpness"]
+
+
 @pytest.mark.parametrize(("prompt", "mend", "expected"), [
     ("a red circle on a blue background", "gradient", "a red circle on a blue gradient background"),
     ("a red circle on a blue gradient background", "gradient", "a red circle on a blue gradient background"),
@@ -336,6 +342,7 @@ def test_scores_follow_the_measures():
     ("a heart", "not dim", "a heart"), ("a heart in soft light", "not dim", "a heart in soft light"),
     ("a heart in dim light with a soft shadow", "not dim", "a heart with a soft shadow"),
     ("pink ring, red background, in dim light", "not dim", "pink ring, red background"),
+    ("a star with a soft shadow", "large", "a large star with a soft shadow"),
     ("", "large", "large the same picture"), ("a b", "", "a b")])
 def test_words_go_where_a_caption_has_them(prompt, mend, expected):
     assert measuring.mended(prompt, mend) == expected

@@ -23,7 +23,7 @@ from vlm_client.boxes import Box
 MODEL = "measuring-critic-2"
 SAYS = "This is a measuring critic, no language model: it computes figures from pixels and does not know what they show."
 WEAK = 9.0  # a score below is a weakness
-POINTS = 3  # weaknesses that the question asks for
+POINTS = 3  # headings that the question asks for
 BODY_LIMIT = 64 << 20  # bytes
 PIXEL_LIMIT = 64_000_000
 
@@ -150,16 +150,23 @@ def mended(prompt: str, mend: str) -> str:
         case "not dim":
             return re.sub(r",? in dim light\b", "", words)
         case "large" if not re.search(r"\b(small|medium|large)\b", words):
-            named = re.sub(r"\ban? (?!(\w+ ){0,2}background\b)", "a large ", words)
+            named = re.sub(r"\ban? (?!(\w+ ){0,2}(background|shadow)\b)", "a large ", words)
             return named if "large" in named else f"large {named}"
     return words
+
+
+def weaknesses(scored: dict[str, float]) -> list[str]:
+    """Measures that are weak, the worst first, of the three worst headings: dim and pale are two sides of one weakness."""
+    weak = [name for name in sorted(scored, key=scored.get) if scored[name] < WEAK]
+    points = list(dict.fromkeys(MENDS[name][0] for name in weak))[:POINTS]
+    return [name for name in weak if MENDS[name][0] in points]
 
 
 def critique_of(pil: Image.Image, prompt: str, convention: str, most: int) -> dict:
     """The reply, as the schema has it: an edit for the subject and one for the whole, each with all the words it needs."""
     measured, scored = vars(measure(pil)), scores(pil)
     rgb = np.asarray(pil.convert("RGB"), dtype=np.float64) / 255
-    weak = [name for name in sorted(scored, key=scored.get) if scored[name] < WEAK][:POINTS]
+    weak = weaknesses(scored)
     edits = []
 
     def mends(names: list[str]) -> str:
