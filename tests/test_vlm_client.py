@@ -321,6 +321,9 @@ def test_scores_follow_the_measures():
     assert good["exposure"] > 9 > 3 > bad["exposure"] and good["contrast"] > bad["contrast"]
     edits = measuring.critique_of(dim, f"{PROMPT} in dim light", "frac", 4)["edits"]
     assert edits and not any("dim light" in edit["prompt"] for edit in edits)
+    said = measuring.critique_of(dim, PROMPT, "frac", 4)["edits"]
+    assert max(edit["strength"] for edit in edits) == 1 and said and all(edit["strength"] <= 0.03 for edit in said), \
+        "half of another light is no light that there is; half of a gradient is one"
     assert measuring.critique_of(fine, PROMPT, "frac", 0)["edits"] == []
 
 

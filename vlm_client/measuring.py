@@ -155,6 +155,10 @@ def mended(prompt: str, mend: str) -> str:
     return words
 
 
+def dim_said(prompt: str) -> bool:
+    return bool(re.search(r"\bin dim light\b", prompt))
+
+
 def weaknesses(scored: dict[str, float]) -> list[str]:
     """Measures that are weak, the worst first, of the three worst headings: dim and pale are two sides of one weakness."""
     weak = [name for name in sorted(scored, key=scored.get) if scored[name] < WEAK]
@@ -179,8 +183,9 @@ def critique_of(pil: Image.Image, prompt: str, convention: str, most: int) -> di
 
     whole, subject = [[name for name in weak if (name in OF_THE_SUBJECT) == local] for local in (False, True)]
     apart = mends(weak) != mends(whole)  # else an edit of the whole says all there is to say
-    for names, box, strength, words in ((whole, WHOLE, 0.25 if apart else 1, mends(whole)),
-                                        (subject if apart else (), subject_box(rgb), 1, mends(weak))):
+    force = 1 if dim_said(mends(whole)) != dim_said(prompt) else 0.03  # half of another light is no light that there is
+    for names, box, strength, words in ((whole, WHOLE, force / 4 if apart else force, mends(whole)),
+                                        (subject if apart else (), subject_box(rgb), force, mends(weak))):
         if names and words != prompt:
             edits.append({"box": list(boxes.from_fractions(box, convention, pil.size)), "aspect": MENDS[names[0]][0],
                           "prompt": words, "strength": strength})

@@ -67,7 +67,7 @@ class Learn(Learning):
 class Loop(Learning):
     """The whole loop, from prompts to artaug.safetensors and a report; goes on where it was stopped."""
 
-    iterations: int = 2  # at most
+    iterations: int = 1  # at most
     strength: float = 1.0  # of each iteration's LoRA in the end
     checks: int = 32  # held-out prompts on which each iteration is measured
     fall: float | None = None  # share of held-out fidelity whose loss leaves an iteration out; default: 0.005, demo 0.2

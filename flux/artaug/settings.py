@@ -30,7 +30,7 @@ class Making(Asking):
     height: int | None = None  # pixels, a multiple of 16
     steps: int | None = None  # Euler steps of a picture
     guidance: float | None = None  # distilled guidance, of drawing and of learning
-    region_scale: float = 10.0  # times the strength of every edit: 1 as published, 10 all but replaces the prompt inside
+    region_scale: float = 100.0  # times the strength of every edit: 1 as published, 100 replaces the prompt inside
     mode: Literal["blend", "attention"] = "blend"  # a pass per region and step; or one pass with masked attention
     batch: int = 16  # pictures, times passes of a step, that go through the transformer together
     clip_weights: Path | None = None  # file or folder of CLIP ViT-L/14 with both towers: fidelity, structure
