@@ -9,7 +9,7 @@ and two to compare with; their losses are in `flux/artaug/lessons.py`:
     plain          the pictures after, as any LoRA would learn them
 
 The base is distilled: its velocity under a guidance is that of no set of pictures. A LoRA that learns a few pictures by
-heart unlearns this and bends what it draws, and the anchor does not cancel all of it; the velocity asks for none of it.
+heart unlearns this and bends what it draws; the anchor cancels most of it, and the velocity asks for none of it.
 
 LoRAs of several groups of pairs are averaged, exactly, and recompressed. Read `flux/flow.py`, `flux/regions.py` and
 `flux/artaug/pairs.py` first.
