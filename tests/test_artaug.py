@@ -25,10 +25,10 @@ def test_a_picture_its_regions_and_the_picture_after(url, tmp_path, capsys):
     sample.main([*words, "--vlm", url, "--out", str(tmp_path / "a")])
     path, = (tmp_path / "a").glob("*.png")
     said = pictures.read_metadata(path)
-    assert said["recipe"] == "artaug" and said["critic"].startswith("measuring-critic-1 at http")
+    assert said["recipe"] == "artaug" and said["critic"].startswith("measuring-critic-2 at http")
     edits = said["plan"]["edits"]
     assert 1 <= len(edits) <= 3 and "no language model" in said["plan"]["analysis"]
-    assert "critic: measuring-critic-1 at" in capsys.readouterr().out
+    assert "critic: measuring-critic-2 at" in capsys.readouterr().out
     assert Image.open(path).width > 256 * (2 + len(edits)), "before, each region, after"
     kept = [json.loads(line) for line in (tmp_path / "kept" / "ledger.jsonl").read_text().splitlines()]
     assert len(kept) == 1 and "reply" in kept[0]

@@ -260,7 +260,7 @@ def test_the_key_goes_into_the_header_alone(server, tmp_path):
 def test_pictures_are_sent_as_the_processor_leaves_them():
     sent = client.Picture.of(Image.new("RGBA", (1024, 1024)), "Qwen2.5-VL-7B", 1024 * 1024)
     assert sent.size == (1008, 1008) and boxes.resized(*sent.size) == sent.size
-    assert client.Picture.of(PICTURE, "measuring-critic-1", 10**6).size == PICTURE.size
+    assert client.Picture.of(PICTURE, "measuring-critic-2", 10**6).size == PICTURE.size
     with pytest.raises(VlmError, match="ratio of 200"):
         client.Picture.of(Image.new("RGB", (2, 900)), "qwen2-vl", 10**6)
 
@@ -281,9 +281,9 @@ def test_the_measuring_critic_answers_and_says_what_it_is(measured, tmp_path):
     one = Critic(measured, tmp_path)
     plan, again = one.plans([(dull, "a red square on black"), (dull, "a red square on black")])
     assert plan == again and 1 <= len(plan.edits) <= 3 and not plan.refused
-    assert "measuring critic, no language model" in plan.analysis and plan.critic.startswith("measuring-critic-1 at http")
+    assert "measuring critic, no language model" in plan.analysis and plan.critic.startswith("measuring-critic-2 at http")
     whole, subject = plan.edits
-    assert whole.box == (0, 0, 1, 1) and whole.prompt == "a red square on black on a gradient background in bright light"
+    assert whole.box == (0, 0, 1, 1) and whole.prompt == "a red square on black on a gradient background"
     assert subject.prompt.startswith("a large red square on black ") and subject.box == pytest.approx(
         (0.02, 0.02, 0.37, 0.37), abs=0.02)
     for convention in boxes.CONVENTIONS:
@@ -319,20 +319,33 @@ def test_scores_follow_the_measures():
     good, bad = measuring.scores(fine), measuring.scores(dim)
     assert all(1 <= score <= 10 for score in (*good.values(), *bad.values()))
     assert good["exposure"] > 9 > 3 > bad["exposure"] and good["contrast"] > bad["contrast"]
-    edits = measuring.critique_of(dim, PROMPT, "frac", 4)["edits"]
-    assert any("in bright light" in edit["prompt"] for edit in edits)
+    edits = measuring.critique_of(dim, f"{PROMPT} in dim light", "frac", 4)["edits"]
+    assert edits and not any("dim light" in edit["prompt"] for edit in edits)
+    said = measuring.critique_of(dim, PROMPT, "frac", 4)["edits"]
+    assert max(edit["strength"] for edit in edits) == 1 and said and all(edit["strength"] <= 0.03 for edit in said), \
+        "half of another light is no light that there is; half of a gradient is one"
     assert measuring.critique_of(fine, PROMPT, "frac", 0)["edits"] == []
+
+
+def test_the_three_worst_headings_are_weak_with_all_their_measures():
+    scores = {"contrast": 3.0, "colourfulness": 4.0, "sharpness": 5.0, "balance": 6.0, "exposure": 8.0, "clipping": 10.0}
+    assert measuring.weaknesses(scores) == ["contrast", "colourfulness", "sharpness", "exposure"]
+    assert measuring.weaknesses(scores | {"exposure": 9.5}) == ["contrast", "colourfulness", "sharpness"]
 
 
 @pytest.mark.parametrize(("prompt", "mend", "expected"), [
     ("a red circle on a blue background", "gradient", "a red circle on a blue gradient background"),
     ("a red circle on a blue gradient background", "gradient", "a red circle on a blue gradient background"),
     ("a lighthouse", "gradient", "a lighthouse on a gradient background"),
-    ("a small star above an orange ring on a pink background", "large",
+    ("a star above an orange ring on a pink background", "large",
      "a large star above a large orange ring on a pink background"),
+    ("a small star above an orange ring", "large", "a small star above an orange ring"),
     ("blue ring bottom, red background", "large", "large blue ring bottom, red background"),
     ("on a white background, a cyan cross", "large", "on a white background, a large cyan cross"),
-    ("a heart", "bright", "a heart in bright light"), ("a heart in dim light", "bright", "a heart in dim light"),
+    ("a heart", "not dim", "a heart"), ("a heart in soft light", "not dim", "a heart in soft light"),
+    ("a heart in dim light with a soft shadow", "not dim", "a heart with a soft shadow"),
+    ("pink ring, red background, in dim light", "not dim", "pink ring, red background"),
+    ("a star with a soft shadow", "large", "a large star with a soft shadow"),
     ("", "large", "large the same picture"), ("a b", "", "a b")])
 def test_words_go_where_a_caption_has_them(prompt, mend, expected):
     assert measuring.mended(prompt, mend) == expected
@@ -356,7 +369,7 @@ def test_the_measuring_critic_refuses(body, measured):
 def test_check_says_what_a_server_can(measured, capsys):
     assert main(["check", measured]) == 0
     out = capsys.readouterr().out
-    for words in ("measuring-critic-1", "frac, by the name", "json_schema is taken", "pictures    taken"):
+    for words in ("measuring-critic-2", "frac, by the name", "json_schema is taken", "pictures    taken"):
         assert words in out
 
 

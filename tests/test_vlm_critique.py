@@ -161,7 +161,7 @@ def test_the_question_and_its_schema_name_what_the_parser_wants():
 @pytest.mark.parametrize(("model", "convention", "factor"), [
     ("Qwen/Qwen2-VL-72B-Instruct", "norm1000", 28), ("qwen2.5-vl-7b-instruct", "pixel_resized", 28),
     ("Qwen/Qwen2_5-VL-3B", "pixel_resized", 28), ("Qwen/Qwen3-VL-8B", "norm1000", 32), ("qwen-vl-max", "norm1000", 28),
-    ("measuring-critic-1", "frac", 1), ("gpt-4o", "frac", 1)])
+    ("measuring-critic-2", "frac", 1), ("gpt-4o", "frac", 1)])
 def test_conventions_by_name(model, convention, factor):
     assert boxes.convention(model) == convention and boxes.processor(model).factor == factor
 

@@ -20,10 +20,10 @@ from PIL import Image
 from vlm_client import boxes, critique
 from vlm_client.boxes import Box
 
-MODEL = "measuring-critic-1"
+MODEL = "measuring-critic-2"
 SAYS = "This is a measuring critic, no language model: it computes figures from pixels and does not know what they show."
 WEAK = 9.0  # a score below is a weakness
-POINTS = 3  # weaknesses that the question asks for
+POINTS = 3  # headings that the question asks for
 BODY_LIMIT = 64 << 20  # bytes
 PIXEL_LIMIT = 64_000_000
 
@@ -49,7 +49,7 @@ SCORES = {  # measure -> its values and their scores, joined by straight lines
     "clipping": ((0, 0.01, 0.05, 0.2, 0.5, 1), (10, 10, 8, 5, 3, 1)),
 }
 MENDS = {  # measure -> heading, what against too little and too much of it
-    "exposure": ("exposure and lighting", "bright", "gradient"),
+    "exposure": ("exposure and lighting", "not dim", "gradient"),
     "contrast": ("exposure and lighting", "gradient", ""),
     "colourfulness": ("colour", "gradient", ""),
     "sharpness": ("detail and texture", "large", "large"),
@@ -136,24 +136,41 @@ def subject_box(rgb: np.ndarray) -> Box:
 
 
 def mended(prompt: str, mend: str) -> str:
-    """The prompt with words for what should be otherwise, in the place where a caption has them."""
+    """The prompt with words for what should be otherwise, in the place where a caption has them.
+
+    A size that is said is what was asked for, and stays; a light that is said goes where it is the weakness itself. No light
+    is added: "in bright light" takes more contrast than it gives exposure.
+    """
     words = " ".join(prompt.split()[:60]) or "the same picture"
-    if mend == "gradient":
-        if "background" not in words:
+    match mend:
+        case "gradient" if "background" not in words:
             return f"{words} on a gradient background"
-        return words if "gradient background" in words else words.replace("background", "gradient background", 1)
-    if mend == "large":
-        sized = re.sub(r"\b(small|medium)\b", "large", words)
-        named = re.sub(r"\ban? (?!large\b|(\w+ ){0,2}background\b)", "a large ", sized)
-        return named if "large" in named else f"large {named}"
-    return words if mend != "bright" or re.search(r"\blight\b", words) else f"{words} in bright light"
+        case "gradient" if "gradient background" not in words:
+            return words.replace("background", "gradient background", 1)
+        case "not dim":
+            return re.sub(r",? in dim light\b", "", words)
+        case "large" if not re.search(r"\b(small|medium|large)\b", words):
+            named = re.sub(r"\ban? (?!(\w+ ){0,2}(background|shadow)\b)", "a large ", words)
+            return named if "large" in named else f"large {named}"
+    return words
+
+
+def dim_said(prompt: str) -> bool:
+    return bool(re.search(r"\bin dim light\b", prompt))
+
+
+def weaknesses(scored: dict[str, float]) -> list[str]:
+    """Measures that are weak, the worst first, of the three worst headings: dim and pale are two sides of one weakness."""
+    weak = [name for name in sorted(scored, key=scored.get) if scored[name] < WEAK]
+    points = list(dict.fromkeys(MENDS[name][0] for name in weak))[:POINTS]
+    return [name for name in weak if MENDS[name][0] in points]
 
 
 def critique_of(pil: Image.Image, prompt: str, convention: str, most: int) -> dict:
     """The reply, as the schema has it: an edit for the subject and one for the whole, each with all the words it needs."""
     measured, scored = vars(measure(pil)), scores(pil)
     rgb = np.asarray(pil.convert("RGB"), dtype=np.float64) / 255
-    weak = [name for name in sorted(scored, key=scored.get) if scored[name] < WEAK][:POINTS]
+    weak = weaknesses(scored)
     edits = []
 
     def mends(names: list[str]) -> str:
@@ -165,8 +182,10 @@ def critique_of(pil: Image.Image, prompt: str, convention: str, most: int) -> di
         return words
 
     whole, subject = [[name for name in weak if (name in OF_THE_SUBJECT) == local] for local in (False, True)]
-    for names, box, strength, words in ((whole, WHOLE, 0.25 if subject else 1, mends(whole)),
-                                        (subject, subject_box(rgb), 1, mends(weak))):
+    apart = mends(weak) != mends(whole)  # else an edit of the whole says all there is to say
+    force = 1 if dim_said(mends(whole)) != dim_said(prompt) else 0.03  # half of another light is no light that there is
+    for names, box, strength, words in ((whole, WHOLE, force / 4 if apart else force, mends(whole)),
+                                        (subject if apart else (), subject_box(rgb), force, mends(weak))):
         if names and words != prompt:
             edits.append({"box": list(boxes.from_fractions(box, convention, pil.size)), "aspect": MENDS[names[0]][0],
                           "prompt": words, "strength": strength})

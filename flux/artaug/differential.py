@@ -1,13 +1,18 @@
-"""Differential training (arXiv 2412.12888): what "after" has beyond "before", as a LoRA.
+"""Differential training (arXiv 2412.12888): what "after" has beyond "before", as a LoRA. One way of ours, the published one,
+and two to compare with; their losses are in `flux/artaug/lessons.py`:
 
-    1. Delta_1 learns the pictures before, on the frozen base: an anchor for what these pictures are.
-    2. Delta_2 learns the pictures after, on base and Delta_1, both frozen. What is left to learn is the difference.
-    3. Delta_2 is kept, without its anchor; those of several groups of pairs are averaged, exactly, and recompressed.
+    velocity       the pictures after were drawn by a velocity, the regions' blend, that is known at every state; the LoRA
+                   learns it, at the cost of none of the regions. Where they change nothing there is nothing to learn
+    two_stage      Delta_1 learns the pictures before, an anchor for what these pictures are; Delta_2 learns the pictures
+                   after on base and Delta_1, both frozen, so that the difference is left to it; it is kept alone
+    paired_noise   no anchor: with the same s and eps the target changes by d = z - z'
+    plain          the pictures after, as any LoRA would learn them
 
-    z_s = (1 - s) z + s eps,   loss = w(s) |v(z_s, s, P) - (eps - z)|^2
+The base is distilled: its velocity under a guidance is that of no set of pictures. A LoRA that learns a few pictures by
+heart unlearns this and bends what it draws; the anchor cancels most of it, and the velocity asks for none of it.
 
-Ablations: `paired_noise` needs no anchor, since with the same s and eps the target changes by d = z - z'; `plain` learns
-the pictures after as any LoRA would. Read `flux/flow.py` and `flux/artaug/pairs.py` first.
+LoRAs of several groups of pairs are averaged, exactly, and recompressed. Read `flux/flow.py`, `flux/regions.py` and
+`flux/artaug/pairs.py` first.
 """
 
 import json
@@ -15,6 +20,7 @@ import math
 from collections.abc import Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,48 +28,18 @@ from torch import Tensor
 from tqdm import tqdm
 
 from flux import conditioning, draws, flow, latents, lora_names, parallel
+from flux.artaug import drawing
 from flux.artaug.drawing import Artist
+from flux.artaug.lessons import TEST_EVERY, TEST_PAIRS, Pictures, Regional
 from flux.artaug.pairs import digest
 from flux.errors import UserError
 from flux.resume import _write
 from lora import algebra, inject, io
 from lora.adapter import Adapter, LowRank
+from vlm_client.critique import Edit, EditPlan
 
-LEARNING = ("method", "grouping", "group", "learn_steps", "learn_batch", "lr", "rank", "target_layers", "weighting", "seed")
-GRID = 1000  # times
-TEST_EVERY, TEST_NOISES, TEST_TIMES, TEST_PAIRS = 50, 4, (0.9, 0.7, 0.5), 4
-LEARNED = 0.15  # relative error of the one-step reconstruction at which a stage ends
-PATIENCE, WORTH = 3, 0.98  # tests without an improvement of 2 % end a stage too
-
-
-def times() -> Tensor:
-    """The (1000,) noise levels that training draws from: 3u / (1 + 2u) for u from 1 down to 0.003 / 1.002."""
-    u = torch.linspace(1, 0.003 / 1.002, GRID)
-    return 3 * u / (1 + 2 * u)
-
-
-def weights_of(sigma: Tensor, how: str = "bell") -> Tensor:
-    """Of noise levels (n,) out of `times()`: exp(-2 ((1000 s - 500) / 1000)^2) less its minimum, scaled to mean 1."""
-    if how == "none":
-        return torch.ones_like(sigma)
-    def bell(s):
-        return torch.exp(-2 * ((1000 * s - 500) / 1000) ** 2)
-    every = bell(times())
-    return (bell(sigma) - every.min()) / (every - every.min()).mean()
-
-
-def loss(velocity: flow.Velocity, z: Tensor, eps: Tensor, sigma: Tensor, how: str = "bell") -> Tensor:
-    """z, eps (B, L, 64), sigma (B,) -> (B,)."""
-    return weights_of(sigma.cpu(), how).to(sigma) * flow.loss(velocity, z, eps, sigma)
-
-
-def paired_loss(velocity: flow.Velocity, base: flow.Velocity, z: Tensor, after: Tensor, eps: Tensor, sigma: Tensor,
-                how: str = "bell") -> Tensor:
-    """|v(z_s) - sg[v_base(z_s)] - (z - z')|^2, per pair: how far the target moves when z is replaced by z'."""
-    noisy = flow.interpolate(z, eps, sigma)
-    with torch.no_grad():
-        target = base(noisy, sigma) + z - after
-    return weights_of(sigma.cpu(), how).to(sigma) * (velocity(noisy, sigma) - target).square().flatten(1).mean(1)
+LEARNING = ("method", "grouping", "group", "learn_steps", "learn_batch", "lr", "rank", "target_layers", "weighting", "seed",
+            "region_scale", "mode", "guidance", "steps")
 
 
 @dataclass
@@ -82,7 +58,7 @@ class Stage:
 
 
 class Student:
-    """The artist's transformer, learning from latents (N, 16, h, w) under prompts."""
+    """The artist's transformer, learning under prompts."""
 
     def __init__(self, artist: Artist, settings, key: tuple):
         self.artist, self.settings, self.key = artist, settings, key
@@ -104,26 +80,27 @@ class Student:
         finally:
             self.artist.loras.detach("anchor")
 
-    def learn(self, name: str, z: Tensor, prompts: Sequence[str], anchor: Adapter | None = None,
-              after: Tensor | None = None) -> Stage:
-        """A fresh LoRA on z; on the pairs (z, after) by the paired loss if `after` is given."""
-        s = self.settings
-        z, after = (x if x is None else latents.pack(x).to(self.artist.place) for x in (z, after))
+    def under(self, prompts: Sequence[str]) -> flow.Velocity:
+        return in_dtype(conditioning.velocity(self.network, self.condition(prompts)), self.artist.dtype)
+
+    def learn(self, name: str, lesson: Pictures | Regional, prompts: Sequence[str], anchor: Adapter | None = None) -> Stage:
+        """A fresh LoRA."""
+        s, tested = self.settings, list(range(min(TEST_PAIRS, len(prompts))))
         torch.manual_seed(draws.seed_of(*self.key, name))
         with self.wearing(anchor), inject.training(self.network, s.target_layers, s.rank) as pairs:
+            without = partial(switched_off, pairs)
+
+            @torch.no_grad()
+            def test() -> float:
+                return lesson.test(self.under(prompts[:TEST_PAIRS]), without, tested)
             parameters = [p for pair in pairs.values() for p in (pair.A, pair.B)]
             optimiser = torch.optim.AdamW(parameters, lr=s.lr, weight_decay=0.0)
-            stage = Stage(Adapter(), tests=[(0, self.reconstruction(z if after is None else after, prompts))])
+            stage = Stage(Adapter(), tests=[(0, test())])
             for step in range(s.learn_steps):
-                generator = draws.generator(*self.key, name, step)
-                some = self.batch(len(z), step, name)
-                sigma = times()[torch.randint(GRID, (len(some),), generator=generator)].to(z.device)
-                eps = torch.randn(z[some].shape, generator=generator).to(z.device)
-                velocity = conditioning.velocity(self.network, self.condition([prompts[i] for i in some]))
-                if after is None:
-                    losses = loss(velocity, z[some], eps, sigma, s.weighting)
-                else:
-                    losses = paired_loss(velocity, without(pairs, velocity), z[some], after[some], eps, sigma, s.weighting)
+                optimiser.param_groups[0]["lr"] = s.lr * lesson.rate(step / s.learn_steps)
+                some = self.batch(len(prompts), step, name)
+                velocity = self.under([prompts[i] for i in some])
+                losses = lesson.losses(velocity, without, some, draws.generator(*self.key, name, step))
                 losses.mean().backward()
                 optimiser.step()
                 optimiser.zero_grad(set_to_none=True)
@@ -132,8 +109,8 @@ class Student:
                     raise UserError(f"{name}: the loss is {stage.losses[-1]} at step {step}, expected a finite one; lower "
                                     "--lr")
                 if (step + 1) % TEST_EVERY == 0:
-                    stage.tests.append((step + 1, self.reconstruction(z if after is None else after, prompts)))
-                    if ended := ends([error for _, error in stage.tests]):
+                    stage.tests.append((step + 1, test()))
+                    if ended := lesson.ends([error for _, error in stage.tests]):
                         stage.end = ended
                         break
             stage.adapter = Adapter({layer: (LowRank(pair.A.detach().cpu(), pair.B.detach().cpu(), pair.scale),)
@@ -147,23 +124,14 @@ class Student:
         order = draws.rng(*self.key, name, "order", epoch).permutation(count)
         return order[at * size:(at + 1) * size].tolist()
 
-    @torch.no_grad()
-    def reconstruction(self, z: Tensor, prompts: Sequence[str]) -> float:
-        """Mean |z_s - s v - z| / |z| of up to four pictures, at fixed noises and times: how well they are known by heart."""
-        z, prompts = z[:TEST_PAIRS], prompts[:TEST_PAIRS]
-        velocity, errors = conditioning.velocity(self.network, self.condition(prompts)), []
-        for i in range(TEST_NOISES):
-            eps = torch.randn(z.shape, generator=draws.generator("overfit test", i)).to(z.device)
-            for time in TEST_TIMES:
-                sigma = torch.full((len(z),), time, device=z.device)
-                noisy = flow.interpolate(z, eps, sigma)
-                error = noisy - time * velocity(noisy, sigma).float() - z
-                errors.append(error.flatten(1).norm(dim=1) / z.flatten(1).norm(dim=1))
-        return torch.cat(errors).mean().item()
+
+def in_dtype(velocity: flow.Velocity, dtype: torch.dtype) -> flow.Velocity:
+    """Of states in float32, as a model of that dtype meets them when it draws."""
+    return lambda img, t: velocity(img.to(dtype), t.to(dtype)).float()
 
 
-def without(pairs, velocity: flow.Velocity) -> flow.Velocity:
-    """The same velocity with the learned LoRA switched off."""
+def switched_off(pairs, velocity: flow.Velocity) -> flow.Velocity:
+    """The same velocity without the LoRA in training."""
     def v(img: Tensor, t: Tensor) -> Tensor:
         for pair in pairs.values():
             pair.strength = 0.0
@@ -175,15 +143,6 @@ def without(pairs, velocity: flow.Velocity) -> flow.Velocity:
     return v
 
 
-def ends(errors: Sequence[float]) -> str:
-    """Why a stage with these tests is over, "" if it is not. The first test stands before any step."""
-    if len(errors) > 1 and errors[-1] < LEARNED:
-        return f"known by heart: error {errors[-1]:.3f}"
-    if len(errors) > PATIENCE + 1 and min(errors[-PATIENCE:]) > WORTH * min(errors[:-PATIENCE]):
-        return f"no better for {PATIENCE} tests: error {errors[-1]:.3f}"
-    return ""
-
-
 # --- groups, and what becomes of them ---
 
 def groups(count: int, settings) -> list[range]:
@@ -193,21 +152,20 @@ def groups(count: int, settings) -> list[range]:
 
 def differences(artist: Artist, settings, folder: Path, pairs: tuple[list[dict], Tensor, Tensor], key: tuple
                 ) -> list[Adapter]:
-    """Delta_2 of every group, each trained once and kept in the folder; groups are shared out over processes."""
+    """What each group teaches, trained once and kept in the folder; groups are shared out over processes."""
     rows, before, after = pairs
-    prompts, team = [row["prompt"] for row in rows], parallel.join()
-    artist.read(prompts)
+    team, names, parts = parallel.join(), lora_names.names(artist.preset), groups(len(rows), settings)
+    artist.read([text for row in rows for text in (row["prompt"], *(edit["prompt"] for edit in row["plan"]["edits"]))])
     folder.mkdir(parents=True, exist_ok=True)
-    names, parts = lora_names.names(artist.preset), groups(len(rows), settings)
     learned = {name: value for name, value in vars(settings).items() if name in LEARNING}
     made_from = digest([learned, key, [row["sha256"] for row in rows], sorted(artist.files.items())])
     with team.together():
         for k, part in tqdm(list(enumerate(parts))[team.rank::team.size], desc=settings.method, disable=None):
             path = folder / f"group-{k:03d}.safetensors"
             if not path.exists() or json.loads(path.with_suffix(".json").read_text())["key"] != made_from:
-                student, said = Student(artist, settings, (*key, settings.method, k)), [prompts[i] for i in part]
-                train_group(student, path, before[part.start:part.stop], after[part.start:part.stop], said, names,
-                            made_from)
+                some = slice(part.start, part.stop)
+                student = Student(artist, settings, (*key, settings.method, k))
+                train_group(student, path, (rows[some], before[some], after[some]), names, made_from)
     team.wait()
     found = []
     for k in range(len(parts)):
@@ -217,25 +175,44 @@ def differences(artist: Artist, settings, folder: Path, pairs: tuple[list[dict],
     return found
 
 
-def train_group(student: Student, path: Path, before: Tensor, after: Tensor, prompts: list[str], names,
-                key: str) -> None:
-    """Both stages of one group, into one file, and beside it what they told."""
-    method, anchor = student.settings.method, None
-    if method == "two_stage":
-        anchor = student.learn("anchor", before, prompts)
-        stage = student.learn("difference", after, prompts, anchor.adapter)
-    elif method == "paired_noise":
-        stage = student.learn("difference", before, prompts, after=after)
+def train_group(student: Student, path: Path, pairs: tuple[list[dict], Tensor, Tensor], names, key: str) -> None:
+    """All stages of one group, into one file, and beside it what they told."""
+    s, (rows, *sides) = student.settings, pairs
+    before, after = (latents.pack(side).to(student.artist.place) for side in sides)
+    prompts, anchor = [row["prompt"] for row in rows], None
+    if s.method == "two_stage":
+        anchor = student.learn("anchor", Pictures(before, s.weighting), prompts)
+    if s.method == "velocity":
+        lesson = regional(student.artist, s, rows, before, after)
     else:
-        stage = student.learn("difference", after, prompts)
+        lesson = Pictures(after, s.weighting, before if s.method == "paired_noise" else None)
+    stage = student.learn("difference", lesson, prompts, anchor and anchor.adapter)
     told = {"key": key, "left_out": bool(anchor and anchor.failed), "stages": {
-        name: {"loss": [round(x, 5) for x in each.losses[::10]], "overfit test": each.tests, "end": each.end}
+        name: {"loss": [round(x, 5) for x in each.losses[::10]], "tests": each.tests, "end": each.end}
         for name, each in (("anchor", anchor), ("difference", stage)) if each}}
-    if anchor and student.settings.keep_anchor:
+    if anchor and s.keep_anchor:
         io.write(path.with_name(f"{path.stem}_anchor.safetensors"), {"flux": anchor.adapter}, names)
     path.unlink(missing_ok=True)
     _write(path.with_suffix(".json"), json.dumps(told, indent=1))
     io.write(path, {"flux": stage.adapter}, names)
+
+
+def regional(artist: Artist, settings, rows: Sequence[dict], before: Tensor, after: Tensor) -> Regional:
+    """The lesson of pairs whose plans the manifest has: the velocity that drew them, batches in parts of as many regions."""
+    prompts = [row["prompt"] for row in rows]
+    plans = [drawing.areas(EditPlan(tuple(Edit(**edit) for edit in row["plan"]["edits"])), settings.region_scale)
+             for row in rows]
+
+    def taught(some: list[int]) -> flow.Velocity:
+        def v(img: Tensor, t: Tensor) -> Tensor:
+            out = torch.empty_like(img)
+            for count in {len(plans[i]) for i in some}:
+                here = [k for k, i in enumerate(some) if len(plans[i]) == count]
+                part = artist.velocity([prompts[some[k]] for k in here], [plans[some[k]] for k in here], settings.mode)
+                out[here] = in_dtype(part, artist.dtype)(img[here], t[here])
+            return out
+        return v
+    return Regional(before, after, torch.tensor(artist.times[:-1]), taught)
 
 
 def average(adapters: Sequence[Adapter], rank: int) -> tuple[Adapter, float]:

@@ -2,7 +2,7 @@
 
     rewrite   no LoRA: the critic's widest edit takes the prompt's place, everywhere
     regions   no LoRA: drawn again by the critic's regions, at n + 1 times the cost; what ArtAug learns from
-    plain     a LoRA on the accepted pictures after, trained for as many steps, without the anchor
+    plain     a LoRA on the accepted pictures after, trained for as many steps; or by another method: two_stage, paired_noise
     artaug    the loop's LoRA
 """
 
@@ -10,6 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 from PIL import Image
 from tqdm import tqdm
@@ -27,23 +28,27 @@ from flux.resume import _write
 from lora import algebra, io
 from lora.adapter import Adapter
 
+WAYS, METHODS = ("rewrite", "regions"), get_args(get_type_hints(Learning)["method"])
+
 
 @dataclass(frozen=True)
 class Evaluate(Learning):
     """ArtAug's LoRA against the base and other ways to its gain, on prompts that nothing learned from."""
 
     held: int = 100  # held-out prompts
-    compare: tuple[str, ...] = ()  # of rewrite, regions, plain; default: all
+    compare: tuple[str, ...] = ()  # of rewrite, regions, and LoRAs by a method; default: rewrite, regions, plain
     strengths: tuple[float, ...] = ()  # of the LoRA; default 1
     varied: int = 6  # prompts drawn from four seeds each, for diversity; 0 leaves it out
 
     def run(self) -> None:
         started(self)
-        unknown = set(self.compare) - {"rewrite", "regions", "plain", "none"}
+        known = *WAYS, *METHODS, "none"
+        unknown = ", ".join(sorted({*self.compare} - {*known}))
         path = self.run_folder / "artaug.safetensors"
-        if unknown or not path.exists():
-            raise UserError(f"--compare {', '.join(sorted(unknown))}: expected rewrite, regions, plain or none; take one"
-                            if unknown else f"{path} is not there, expected the LoRA of a loop; run python train.py artaug")
+        if unknown:
+            raise UserError(f"--compare {unknown}: expected some of {', '.join(known)}; change it")
+        if not path.exists():
+            raise UserError(f"{path} is not there, expected the LoRA of a loop; run python train.py artaug")
         Trial(self, workshop(self)).run(path)
 
 
@@ -56,10 +61,10 @@ class Trial:
         self.names = lora_names.names(self.artist.preset)
 
     def run(self, path: Path) -> None:
-        compared, strengths = self.settings.compare or ("rewrite", "regions", "plain"), self.settings.strengths or (1.0,)
+        compared, strengths = self.settings.compare or (*WAYS, "plain"), self.settings.strengths or (1.0,)
         learned = io.read(path, self.names)[0]["flux"]
         drawn = {"base": self.draw("base")}
-        if {"rewrite", "regions"} & set(compared):
+        if set(WAYS) & set(compared):
             plans = drawing.ask(self.shop.critic, list(zip(drawn["base"], self.prompts, strict=True)))
         if "rewrite" in compared:
             said = [widest(plan, prompt) for plan, prompt in zip(plans, self.prompts, strict=True)]
@@ -67,8 +72,8 @@ class Trial:
         if "regions" in compared:
             areas = [drawing.areas(plan, self.settings.region_scale) for plan in plans]
             drawn["regions"] = self.draw("regions", plans=areas)
-        if "plain" in compared:
-            drawn["plain"] = self.draw("plain", self.plain())
+        for method in (method for method in METHODS if method in compared):
+            drawn[method] = self.draw(method, self.by(method))
         for strength in strengths:
             name = "artaug" if strength == 1 else f"artaug {strength:g}"
             drawn[name] = self.draw(name, learned, strength)
@@ -96,19 +101,16 @@ class Trial:
         team.wait()
         return [pictures.read(path) for path in paths]
 
-    def plain(self) -> Adapter:
-        """One LoRA per iteration on the same pictures after, in the same groups; added up as the loop's are."""
-        found, settings = [], replace(self.settings, method="plain")
-        self.artist.wear(None)
-        for iteration in range(1, 1000):
-            folder = folder_of(settings, iteration)
-            if not (folder / "lora.safetensors").exists():
-                break
-            chosen = pairs.accepted(folder)
-            adapters = differential.differences(self.artist, settings, folder / "plain", chosen,
-                                                ("plain", settings.seed, iteration))
+    def by(self, method: str) -> Adapter:
+        """What the loop's accepted pairs give by another method: a LoRA per iteration on top of those before it."""
+        found, whole, settings = [], Adapter(), replace(self.settings, method=method)
+        while ((folder := folder_of(settings, len(found) + 1)) / "lora.safetensors").exists():
+            self.artist.wear(whole)
+            adapters = differential.differences(self.artist, settings, folder / method, pairs.accepted(folder),
+                                                (method, settings.seed, len(found) + 1))
             found.append(differential.average(adapters, settings.rank)[0])
-        return algebra.combined(found, [1.0] * len(found))
+            whole = algebra.combined(found, [1.0] * len(found))
+        return whole
 
     def tell(self, judged: dict[str, Judged], learned: Adapter) -> None:
         """The table, as Markdown and JSON."""

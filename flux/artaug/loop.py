@@ -67,10 +67,10 @@ class Learn(Learning):
 class Loop(Learning):
     """The whole loop, from prompts to artaug.safetensors and a report; goes on where it was stopped."""
 
-    iterations: int = 2  # at most
+    iterations: int = 1  # at most
     strength: float = 1.0  # of each iteration's LoRA in the end
     checks: int = 32  # held-out prompts on which each iteration is measured
-    fall: float | None = None  # share of held-out fidelity whose loss leaves an iteration out; default: 0.005, demo 0.1
+    fall: float | None = None  # share of held-out fidelity whose loss leaves an iteration out; default: 0.005, demo 0.2
 
     def __post_init__(self):
         super().__post_init__()
@@ -79,8 +79,8 @@ class Loop(Learning):
 
     @property
     def most_fall(self) -> float:
-        """The demo's pair of towers takes what a caption leaves unsaid for a difference, such as a gradient."""
-        return self.fall if self.fall is not None else 0.1 if self.model.partition("-")[0] == "demo" else 0.005
+        """The demo's pair of towers takes what a caption leaves unsaid for a difference, such as a gradient or a light."""
+        return self.fall if self.fall is not None else 0.2 if self.model.partition("-")[0] == "demo" else 0.005
 
     def run(self) -> None:
         started(self)
@@ -250,17 +250,19 @@ def checked(shop: Workshop, settings, iteration: int, adapter: Adapter) -> dict:
 
 def cost(settings, artist: Artist) -> str:
     """Passes and seconds of one run, before it begins: pictures, training and checks, as timed on two steps."""
-    drawn = settings.iterations * settings.count * artist.steps * (2 + (0 if settings.mode == "attention" else GUESS))
-    stages = 2 if settings.method == "two_stage" else 1
+    more = 0 if settings.mode == "attention" else GUESS
+    drawn = settings.iterations * settings.count * artist.steps * (2 + more)
+    a_step = {"velocity": 3 + 1 + more, "two_stage": 2 * 3, "paired_noise": 3 + 1, "plain": 3}[settings.method]
     most = min(settings.target, settings.count)
     taught = {"groups": -(-most // settings.group), "per_pair": most, "joint": 1}[settings.grouping]
-    learned_passes = 3 * settings.iterations * stages * taught * settings.learn_steps * settings.learn_batch
+    learned_passes = a_step * settings.iterations * taught * settings.learn_steps * settings.learn_batch
     checks = (settings.iterations + 1) * settings.checks * artist.steps
     pace = timed(artist, settings.batch)
     total = drawn + learned_passes + checks
     return (f"cost: {drawn:,.0f} passes for {settings.iterations} x {settings.count} pairs of {artist.steps} steps with "
-            f"{GUESS:g} regions each (at most {MAX_REGIONS}), at most {learned_passes:,} to learn (a step counts three), "
-            f"{checks:,} for checks; {1000 * pace:.1f} ms a pass: at most {total * pace / 60:.0f} minutes and the critic's")
+            f"{GUESS:g} regions each (at most {MAX_REGIONS}), at most {learned_passes:,.0f} to learn by {settings.method} "
+            f"({a_step:g} for a picture of a step), {checks:,} for checks; {1000 * pace:.1f} ms a pass: at most "
+            f"{total * pace / 60:.0f} minutes and the critic's")
 
 
 def timed(artist: Artist, batch: int) -> float:

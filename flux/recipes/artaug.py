@@ -34,7 +34,7 @@ class ArtAug(Sampling):
     vlm_model: str | None = None  # name of its model, where the server has several
     vlm_timeout_s: float = 120.0  # seconds for a picture, tries and pauses included
     ledger: Path = Path("runs/artaug")  # folder that keeps what was asked and answered; no question is asked twice
-    region_scale: float = 1.0  # times the strength of every edit: 1 as published, 20 all but replaces the prompt inside
+    region_scale: float = 100.0  # times the strength of every edit: 1 as published, 100 replaces the prompt inside
     mode: Literal["blend", "attention"] = "blend"  # a pass per region and step; or one pass with masked attention
     batch: int = 4  # prompts that go through the transformer together in a step
     POSITIONAL = "prompt"
