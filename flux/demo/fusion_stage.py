@@ -58,7 +58,7 @@ class TrainFusion(Training):
     hinge: float = 0.1          # weight of: a picture must fit its own caption better than a distractor's
     entropy: float = 0.01       # weight of the gates' entropy
     extra_every: int = 0        # steps from one with these three terms, which cost three more passes; 0: none has them
-    steps: int = 1000
+    steps: int = 400
     lr: float = 3e-2
     batch: int = 4              # pictures per step, all under the same LoRAs
     warmup: int = 20
