@@ -68,7 +68,7 @@ def test_train_index_and_find(pool, trained, capsys):
 
 
 def test_batches_are_drawn_by_name_and_hold_no_lora_twice(pool):
-    task = retriever.TrainRetriever(pool=pool, batch=6).task()
+    task = retriever.TrainRetriever(pool=pool, batch=6, captions=2).task()
     assert not {task.members[i].name for i in task.train} & {"member-0", "member-4", "member-8", "member-12"}
     first, again, other = (task.batch(step, 0) for step in (1, 1, 2))
     assert torch.equal(first[1], again[1]) and not torch.equal(first[1], other[1])
