@@ -85,7 +85,8 @@ class Published(LayerGate):
 class Ours(LayerGate):
     """Section 3.2: beta(N) (1 + lambda (2 G_i - 1)), all weights zero at first.
 
-    From beta 1 and lambda 1/2, where the spec's 1/sqrt(N) and 0.1 take several times as many steps.
+    They begin at beta 1 and lambda 1/2, the plain sum. From the spec's 1/sqrt(N) and 0.1 the demo's loss was still greater
+    than the sum's after 1,000 steps.
     """
 
     def __init__(self, layer: Layer, options: Options):
