@@ -1,7 +1,7 @@
 """From a vector to the LoRAs nearest to it in an index, exactly, and to silence where none is near enough.
 
 A search reads every row once, in int8, and looks again, in float32, at the few hundred best. The error of the coarse
-similarity is bounded (below), so it is known when no row outside can belong to the answer; until then more are looked
+similarity is bounded (`roughly`), so it is known when no row outside can belong to the answer; until then more are looked
 at. Then come the rules of section 2.4: a least similarity, kinds, exclusions, and maximal marginal relevance (Carbonell and
 Goldstein 1998), which keeps three copies of one LoRA from being the three best.
 """
@@ -95,20 +95,14 @@ def admitted(index: Index, kinds: Sequence[str], exclude: Sequence[str]) -> Tens
 
 
 def nearest(index: Index, q: Tensor, count: int, allowed: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Rows and cosines (count,) of the nearest to the unit vector q (d,), best first: exactly those.
-
-    With q' and r' for what int8 makes of q and r: |q r - q' r'| = |q (r - r') + (q - q') r'| <= |r - r'| + |q - q'| |r'|.
-    """
+    """Rows and cosines (count,) of the nearest to the unit vector q (d,), best first: exactly those."""
     most = len(index) if allowed is None else int(allowed.sum())
     count = min(count, most)
     if not count:
         return torch.zeros(0, dtype=torch.int64), torch.zeros(0)
-    scale = q.abs().max() / 127
-    q8 = (q / scale).round().to(torch.int8)
-    rough = roughly(index, q8, scale.item())
+    rough, error = roughly(index, q, in_bfloat16(len(q)))
     if allowed is not None:
         rough.masked_fill_(~allowed, -torch.inf)
-    error = index.error + (q - scale * q8.float()).norm().item() * (1.001 + index.error) + ROUNDING
     look = min(most, max(FIRST, 4 * count))
     while True:
         best, rows = rough.topk(look)
@@ -118,13 +112,28 @@ def nearest(index: Index, q: Tensor, count: int, allowed: Tensor | None = None) 
         look = min(most, 4 * look)
 
 
-def roughly(index: Index, q8: Tensor, scale: float) -> Tensor:
-    """Similarities (N,) in int8, whose products and sums are exact in int32."""
-    out = torch.empty(len(index))
+def roughly(index: Index, q: Tensor, half: bool) -> tuple[Tensor, float]:
+    """Similarities (N,) of a rounded q' with the index's rows r' in int8, and how wrong they are at most.
+
+    |q r - q' r'| = |q (r - r') + (q - q') r'| <= |r - r'| + |q - q'| |r'|. half: q' and the similarities are in bfloat16,
+    else q' is in int8, and products and sums are exact in int32.
+    """
+    scale = 1.0 if half else q.abs().max().item() / 127
+    q_ = q.bfloat16() if half else (q / scale).round().to(torch.int8)
+    out, ones = torch.empty(len(index)), torch.ones(CHUNK, dtype=torch.bfloat16)
     for start in range(0, len(index), CHUNK):
         rows = slice(start, start + CHUNK)
-        out[rows] = torch._int_mm(q8[None], index.coarse[rows].T)[0]
-    return out.mul_(index.scale).mul_(scale)
+        r = index.coarse[rows]
+        out[rows] = (torch._weight_int8pack_mm(q_[None], r, ones[:len(r)]) if half else torch._int_mm(q_[None], r.T))[0]
+    longest = 1.001 + index.error
+    error = index.error + (q - scale * q_.float()).norm().item() * longest + ROUNDING + (longest * 2 ** -8 if half else 0)
+    return out.mul_(index.scale).mul_(scale), error
+
+
+def in_bfloat16(width: int) -> bool:
+    """Whether that is the faster product: where the processor has no instructions for int8, by five times and more. It reads
+    16 numbers at once, without a look at where a row ends."""
+    return torch.backends.cpu.get_cpu_capability() == "AVX2" and width % 16 == 0
 
 
 def marginal(vectors: Tensor, similarities: Tensor, diversity: float) -> Iterator[int]:
