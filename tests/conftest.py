@@ -1,5 +1,10 @@
 """`pytest --hard` runs the promises' second, larger figures (spec/promises.md); they take minutes to hours."""
 
+import importlib.util
+import os
+import subprocess
+import sys
+
 import pytest
 
 
@@ -10,3 +15,29 @@ def pytest_addoption(parser):
 @pytest.fixture
 def hard(request) -> bool:
     return request.config.getoption("--hard")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def interpreting(request):
+    """Processes that run Triton's kernels in its interpreter, by test. They take a minute of one core each, and begin beside
+    the first of all tests."""
+    running = {}
+    for item in request.session.items:
+        words = item.get_closest_marker("interpreted")
+        if words and "TRITON_INTERPRET" not in os.environ and importlib.util.find_spec("triton"):
+            running[item.nodeid] = subprocess.Popen(
+                [sys.executable, "-m", "pytest", "-q", "-x", "-k", words.args[0], item.path], stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT, text=True, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
+    yield running
+    for process in running.values():
+        if process.poll() is None:  # nobody waited for it
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture
+def interpreted(request, interpreting) -> tuple[int, str]:
+    """Of the process for this test: its exit status and the end of what it said."""
+    process = interpreting[request.node.nodeid]
+    said, _ = process.communicate()
+    return process.returncode, said[-5000:]

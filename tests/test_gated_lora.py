@@ -5,9 +5,6 @@ What is called `test_either...` runs twice: here on the pair of functions for ma
 """
 
 import importlib.util
-import os
-import subprocess
-import sys
 from dataclasses import dataclass
 
 import pytest
@@ -219,12 +216,12 @@ def test_either_beside_a_layer():
 
 
 @only_here
-def test_kernels_interpreted():
-    if importlib.util.find_spec("triton") is None:
-        pytest.skip("Triton is not installed: only the functions without kernels run here")
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-k", "either", __file__], capture_output=True,
-                          text=True, env=os.environ | {"TRITON_INTERPRET": "1"})
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-1000:]
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None,
+                    reason="Triton is not installed: only the functions without kernels run here")
+@pytest.mark.interpreted("either")
+def test_kernels_interpreted(interpreted):
+    status, said = interpreted
+    assert status == 0, said
 
 
 @only_here

@@ -5,9 +5,6 @@ pytest on this file in a process of its own. The interpreter is wrong in bfloat1
 """
 
 import math
-import os
-import subprocess
-import sys
 from dataclasses import replace
 
 import pytest
@@ -140,10 +137,10 @@ def test_a_kernel_compiles_without_a_card():
 
 @needs_triton
 @pytest.mark.skipif(runtime.INTERPRETED, reason="this is that process")
-def test_in_the_interpreter():
-    done = subprocess.run([sys.executable, "-m", "pytest", "-q", "-x", "-k", "test_kernel_", __file__],
-                          text=True, capture_output=True, env=os.environ | {"TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"})
-    assert done.returncode == 0, done.stdout[-5000:]
+@pytest.mark.interpreted("test_kernel_")
+def test_in_the_interpreter(interpreted):
+    status, said = interpreted
+    assert status == 0, said
 
 
 # In the interpreter.
