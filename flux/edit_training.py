@@ -58,9 +58,6 @@ class TrainEdit(TrainLora):
         if self.embedder_lr not in (None, self.lr) and self.optimiser.endswith(".Prodigy"):
             raise UserError(f"--embedder-lr {self.embedder_lr} came with Prodigy, of one rate for all; expected none; "
                             "leave it out")
-        if self.keep_above < 1 and self.train_embedder:
-            raise UserError("--keep-above came with --train-embedder, whose change cannot be taken off to see what to keep; "
-                            "leave one out")
         if self.quirks != "none" and (self.train_embedder or self.mode != "channels"):
             raise UserError("--quirks released came with --train-embedder or --mode side-by-side, expected neither: the "
                             "released code trains no embedder, and errs in its other mode alone; leave one out")

@@ -2,9 +2,8 @@
 
 Beside linear layers W stand pairs A, B, and only they are trained: W x + alpha / rank * B A x. Options: LoRA+ (arXiv
 2402.12354), where B learns faster than A; the rank-stabilised scale alpha / sqrt(rank) (arXiv 2312.03732); a set of
-pictures that shall stay as they are (prior preservation, arXiv 2208.12242, section 3.2); times near pure noise at which the
-model shall stay as it is, so that the LoRA does not disturb what it draws where; and strengths that change from step to
-step, so that a range of them, and not 1 alone, has been seen to give good pictures.
+pictures that shall stay as they are (prior preservation, arXiv 2208.12242, section 3.2); and strengths that change from
+step to step, so that a range of them, and not 1 alone, has been seen to give good pictures.
 """
 
 from collections.abc import Mapping
@@ -15,16 +14,13 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from flux import adapters, cli, conditioning, data, draws, flow, lora_names, parallel
-from flux.conditioning import Condition
+from flux import adapters, cli, data, draws, lora_names, parallel
 from flux.errors import UserError
 from flux.finetune import Captioned
 from flux.settings import FineTuning
 from lora import inject, io
 from lora.adapter import Adapter, LowRank
 from lora.metadata import about
-
-EARLY = 0.15  # share of a batch's times that are drawn evenly from those above --keep-above
 
 
 @dataclass(frozen=True)
@@ -40,7 +36,6 @@ class TrainLora(FineTuning):
     strongest: float = 1.0  # to this; 0.75 to 1.5 makes one that can be turned up
     prior: Path | None = None  # folder of captioned pictures that shall stay as the model draws them
     prior_weight: float = 1.0  # of their loss
-    keep_above: float = 1.0  # from this time to pure noise the model shall stay as it is: what goes where is settled there
     lr: float = 1e-3  # learning rate of AdamW after warmup
     batch: int = 4  # pictures per forward pass
     steps: int = 500  # optimizer steps
@@ -53,8 +48,6 @@ class TrainLora(FineTuning):
         for name in ("alpha", "plus", "prior_weight"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise UserError(f"--{name.replace('_', '-')} {value}: expected a number above 0")
-        if not 0 < self.keep_above <= 1:
-            raise UserError(f"--keep-above {self.keep_above}: expected a time above 0, at most 1, which keeps nothing")
         if not 0 < self.weakest <= self.strongest:
             raise UserError(f"--weakest {self.weakest} --strongest {self.strongest}: expected numbers above 0, the weakest "
                             "first, as --weakest 0.75 --strongest 1.5")
@@ -84,36 +77,15 @@ class LoraTask(Captioned):
             kept = self.drawn(items, " to keep", step, micro)
         return super().batch(step, micro), kept, strength
 
-    def times(self, count: int, tokens: int, generator: torch.Generator) -> Tensor:
-        """As elsewhere; some of them above --keep-above, where other draws seldom come."""
-        t = super().times(count, tokens, generator)
-        if (above := self.settings.keep_above) < 1:
-            chosen, where = torch.rand(2, count, generator=generator)
-            t = torch.where(chosen < EARLY, above + (1 - above) * where, t)
-        return t
-
     def held_out(self) -> list:
         return [(batch, None, 1.0) for batch in super().held_out()]
 
     def loss(self, batch) -> Tensor:
         """Per picture; that of the pictures to keep is spread over them."""
         learned, kept, strength = batch
-        learned = self.kept_early(*learned)
         self.wear(strength)
         losses = super().loss(learned)
         return losses if kept is None else losses + self.settings.prior_weight * super().loss(kept).mean()
-
-    @torch.no_grad()
-    def kept_early(self, x0: Tensor, eps: Tensor, t: Tensor, cond: Condition, *weight: Tensor):
-        """What `noised` made, with such a picture and such noise in place of those above --keep-above that the way between
-        them has the same x_t, and as its velocity that of the model without the LoRA."""
-        if (early := t > self.settings.keep_above).any():
-            self.wear(0.0)
-            now, cond_ = t[early].view(-1, 1, 1), cond[early]
-            x = flow.interpolate(x0[early], eps[early], t[early])
-            v = conditioning.velocity(self.model, cond_)(x, t[early])
-            x0, eps = x0.index_put((early,), x - now * v), eps.index_put((early,), x + (1 - now) * v)
-        return x0, eps, t, cond, *weight
 
     def wear(self, strength: float) -> None:
         for pair in self.pairs.values():

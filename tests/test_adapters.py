@@ -11,7 +11,7 @@ from PIL import Image
 
 import sample
 import train
-from flux import checkpoint, conditioning, config, draws, flow, lora_names, pictures, weights
+from flux import checkpoint, config, draws, lora_names, pictures, weights
 from flux.config import DEMO
 from flux.demo import folder, pool
 from flux.errors import UserError
@@ -159,32 +159,6 @@ def test_a_lora_learns_at_strengths_that_change():
     for weakest, strongest in ((0.0, 1.0), (1.5, 0.5), (1.0, 0.9)):
         with pytest.raises(UserError, match="--weakest .* the weakest first"):
             TrainLora(weakest=weakest, strongest=strongest)
-
-def test_a_lora_keeps_early_times_as_they_are():
-    """Some times lie above --keep-above; there the loss is the distance to the model's own velocity, elsewhere as before."""
-    folder.write(Path("data"), 2, things=1)
-    plain = TrainLora(data=Path("data"), rank=2, batch=2, target="single.*linear1", seed=3)
-    task = LoraTask(replace(plain, keep_above=0.9))
-    for pair in task.pairs.values():
-        torch.nn.init.normal_(pair.B, std=0.1)
-    drawn = torch.cat([task.times(20, 64, draws.generator(i)) for i in range(50)])
-    assert 0.15 < (drawn > 0.9).float().mean() < 0.25 and drawn.max() <= 1
-    assert ((drawn > 0.95) & (drawn <= 1)).float().mean() > 0.05
-    (x0, eps, _, cond), _, strength = task.batch(0, 0)
-    t = torch.tensor([0.95, 0.6])
-    losses = task.loss(((x0, eps, t, cond), None, strength))
-    x, v = flow.interpolate(x0, eps, t), {}
-    for worn in (0.0, strength):
-        task.wear(worn)
-        v[worn] = conditioning.velocity(task.model, cond)(x, t)
-    assert torch.allclose(losses[0], (v[strength] - v[0.0])[0].square().mean(), rtol=1e-3) and losses[0] > 1e-4
-    assert torch.allclose(losses[1], (v[strength] - eps + x0)[1].square().mean(), rtol=1e-5)
-    losses.sum().backward()
-    assert all(pair.B.grad.any() for pair in task.pairs.values())
-    before = LoraTask(plain)
-    assert before.times(20, 64, draws.generator(0)).equal(super(LoraTask, before).times(20, 64, draws.generator(0)))
-    with pytest.raises(UserError, match="--keep-above 0: expected a time above 0"):
-        replace(plain, keep_above=0)
 
 
 @pytest.mark.parametrize("words", [("--store", "fp8"), ("--store", "int8"), ("--strips",)])

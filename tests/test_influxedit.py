@@ -328,7 +328,6 @@ def test_training_needs_a_fill_model(circles, words, message):
     ({"repaint": 1.5}, "numbers from 0 to 1"), ({"embedder_lr": 1e-4}, "and --train-embedder"),
     ({"embedder_lr": 0.1, "train_embedder": True, "optimiser": "prodigyopt.Prodigy"}, "of one rate for all"),
     ({"embedder_lr": 0.0, "train_embedder": True}, "above 0"), ({"known_weight": -1.0}, "--known-weight -1.0: expected a"),
-    ({"keep_above": 0.9, "train_embedder": True}, "--keep-above came with --train-embedder"),
     ({"quirks": "released", "train_embedder": True}, "trains no embedder"), ({"sides": "both"}, "expected side-by-side"),
     ({"target": "img_in|blocks", "train_embedder": True}, "img_in has a LoRA in training")])
 def test_flags_that_do_not_go_together(circles, flags, message):
