@@ -109,10 +109,11 @@ def test_the_coarse_error_is_within_its_bound(tmp_path, half, count):
         assert wrong <= bound and (count < 2000 or wrong > 0.04 * bound)
 
 
-@pytest.mark.parametrize("width", (1, 8, 24, 100, 768))
-def test_a_product_reads_no_further_than_a_row(width):
-    """The one in bfloat16 does, where a width is no multiple of 16."""
-    assert not retrieval.in_bfloat16(width) or width == 768
+def test_bfloat16_is_for_processors_without_int8_and_for_whole_reads(monkeypatch):
+    """Its product reads on into the next row where a width is no multiple of 16."""
+    for capability, expected in (("AVX2", [768]), ("AVX512", [])):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        assert [width for width in (1, 8, 24, 100, 768) if retrieval.in_bfloat16(width)] == expected
 
 
 def test_kinds_and_exclusions(tmp_path):

@@ -353,18 +353,15 @@ def test_large_hostile_headers_are_quick(tmp_path):
              b'{"' + b"x" * (limit - 20) + b'":1}', b'{"a":[' + b"9," * (limit // 2 - 9) + b"9]}",
              b"{" + b",".join(b'"%d":1' % i for i in range(limit // 11)) + b"}",
              json.dumps({f"double_blocks.{i}.x": entry("U8", (0,), (0, 0)) for i in range(tensors)}).encode()]
-
-    def parse() -> float:
-        start = time.process_time()  # the machine may be busy
-        json.loads(texts[2])
-        return time.process_time() - start
-    parsing = max(parse() for _ in range(3))
+    start = time.thread_time()  # the machine may be busy, and so may threads that other tests left
+    json.loads(texts[2])
+    parsing = time.thread_time() - start
     for text in texts:
         (tmp_path / "x").write_bytes(raw(text))
-        start = time.process_time()
+        start = time.thread_time()
         with pytest.raises(CheckpointError):
             weights.load_flux(at("flux", tmp_path / "x"), SMALL)
-        assert time.process_time() - start < 4 * parsing, text[:40]
+        assert time.thread_time() - start < 4 * parsing, text[:40]
 
 
 def test_nan_and_inf_are_found_when_asked(tmp_path):
