@@ -2,21 +2,29 @@
 
 Beside linear layers W stand pairs A, B, and only they are trained: W x + alpha / rank * B A x. Options: LoRA+ (arXiv
 2402.12354), where B learns faster than A; the rank-stabilised scale alpha / sqrt(rank) (arXiv 2312.03732); a set of
-pictures that shall stay as they are (prior preservation, arXiv 2208.12242, section 3.2); and strengths that change from
-step to step, so that a range of them, and not 1 alone, has been seen to give good pictures.
+pictures that shall stay as they are (prior preservation, arXiv 2208.12242, section 3.2); strengths that change from
+step to step, so that a range of them, and not 1 alone, has been seen to give good pictures; and training at the guidance
+that pictures are drawn with.
+
+FLUX.1-dev is distilled: its velocity at guidance g is what classifier-free guidance made of another model (arXiv
+2210.03142). Pictures do not show such a velocity, and a LoRA that is trained at g towards them unlearns what g adds. With
+--guided the target is the pictures' velocity plus that: v(x, t | g) - v(x, t | 1) of the model without the LoRA.
 """
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from flux import adapters, cli, data, draws, lora_names, parallel
+from flux import adapters, cli, conditioning, data, draws, flow, lora_names, parallel
+from flux.conditioning import Condition
 from flux.errors import UserError
 from flux.finetune import Captioned
+from flux.flow import Velocity
 from flux.settings import FineTuning
 from lora import inject, io
 from lora.adapter import Adapter, LowRank
@@ -34,6 +42,7 @@ class TrainLora(FineTuning):
     plus: float = 1.0  # LoRA+: learning rate of B over that of A; its paper advises 16
     weakest: float = 1.0  # strength of the LoRA while it learns: drawn for each step, from this
     strongest: float = 1.0  # to this; 0.75 to 1.5 makes one that can be turned up
+    guided: float | None = None  # guidance it will be drawn with, if it shall be trained there: 1.6 times as slow
     prior: Path | None = None  # folder of captioned pictures that shall stay as the model draws them
     prior_weight: float = 1.0  # of their loss
     lr: float = 1e-3  # learning rate of AdamW after warmup
@@ -48,6 +57,8 @@ class TrainLora(FineTuning):
         for name in ("alpha", "plus", "prior_weight"):
             if (value := getattr(self, name)) is not None and not value > 0:
                 raise UserError(f"--{name.replace('_', '-')} {value}: expected a number above 0")
+        if self.guided is not None and not 0 <= self.guided < math.inf:
+            raise UserError(f"--guided {self.guided}: expected a guidance, 0 or more; for dev 3.5 is usual")
         if not 0 < self.weakest <= self.strongest:
             raise UserError(f"--weakest {self.weakest} --strongest {self.strongest}: expected numbers above 0, the weakest "
                             "first, as --weakest 0.75 --strongest 1.5")
@@ -64,6 +75,11 @@ class LoraTask(Captioned):
         self.model = adapters.load_flux(self.found, self.preset, dtype, self.place)
         pairs = inject.add_trained(self.model, settings.target, settings.rank, settings.alpha, settings.stabilised)
         self.pairs = nn.ModuleDict({layer.replace(".", "/"): pair for layer, pair in pairs.items()})
+
+    def check_model(self) -> None:
+        super().check_model()
+        if self.settings.guided is not None and not self.preset.flux.guidance_embed:
+            raise UserError(f"--guided came with --model {self.settings.model}, which takes no guidance; leave it out")
 
     def trainable(self) -> nn.Module:
         return self.model
@@ -83,9 +99,28 @@ class LoraTask(Captioned):
     def loss(self, batch) -> Tensor:
         """Per picture; that of the pictures to keep is spread over them."""
         learned, kept, strength = batch
+        losses = self.missed(learned, strength)
+        return losses if kept is None else losses + self.settings.prior_weight * self.missed(kept, strength).mean()
+
+    def missed(self, drawn, strength: float) -> Tensor:
+        x0, eps, t, cond, *weight = drawn
+        return flow.loss(self.velocity(cond, strength), x0, eps, t, *weight)
+
+    def velocity(self, cond: Condition, strength: float) -> Velocity:
+        """What shall be the pictures' velocity: with --guided, that at its guidance less what guidance adds."""
         self.wear(strength)
-        losses = super().loss(learned)
-        return losses if kept is None else losses + self.settings.prior_weight * super().loss(kept).mean()
+        plain = conditioning.velocity(self.model, cond)
+        if self.settings.guided is None:
+            return plain
+        guided = conditioning.velocity(self.model, replace(cond, guidance=self.settings.guided))
+
+        def less(x: Tensor, t: Tensor) -> Tensor:
+            self.wear(0.0)
+            with torch.no_grad():
+                added = guided(x, t) - plain(x, t)
+            self.wear(strength)
+            return guided(x, t) - added
+        return less
 
     def wear(self, strength: float) -> None:
         for pair in self.pairs.values():

@@ -363,7 +363,7 @@ def loss_plot(steps: Sequence[float], raw: Sequence[float], smoothed: Sequence[f
         draw.text((x, 28 * fine), label, INK, small, anchor="lm")
         draw.line((x - 34 * fine, 28 * fine, x - 8 * fine, 28 * fine), colour, 3 * fine)
         x -= 54 * fine
-    return chart.resize((width // fine, height // fine), Image.Resampling.LANCZOS)
+    return chart.reduce(fine)
 
 
 def _range(values: np.ndarray, margin: float) -> tuple[float, float]:

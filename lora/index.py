@@ -1,9 +1,9 @@
 """An index of a folder of LoRAs: one safetensors file with an embedding and a line of JSON for each, written whole.
 
-Embeddings are unit vectors in float16. Beside them lies a coarse copy in int8, a quarter of float32's bytes, which a search
-(`retrieval.py`) reads whole; everything is mapped from disk, so that an index opens at once however long it is. What
-an embedding means is the encoder's affair: the file carries its fingerprint, and is of no use to another. A second file,
-`.jsonl`, has the same lines for people; no command reads it.
+Embeddings are unit vectors in float16. Beside them lies a coarse copy in 8 bits, a quarter of float32's bytes, in the order
+in which a search (`retrieval.py`) reads it whole; everything is mapped from disk, so that an index opens at once however
+long it is. What an embedding means is the encoder's affair: the file carries its fingerprint, and is of no use to another. A
+second file, `.jsonl`, has the same lines for people; no command reads it.
 """
 
 import hashlib
@@ -22,6 +22,8 @@ from flux.checkpoint import refuse, shown
 from flux.errors import UserError
 
 HEADER = "lora_index"
+LANES = 96  # LoRAs side by side in the coarse copy: as many sums as fit into the registers of AVX2
+DECODING = torch.tensor([1.0, -128.0]).view(torch.uint8)  # 8 bytes behind each row, by which torch reads byte b as b - 128
 Embed = Callable[[Path], tuple[Tensor, dict]]  # a LoRA's file -> (d,), and what else its line should say
 
 
@@ -69,7 +71,8 @@ class Index:
     def check(self) -> None:
         """Shapes fit each other and no line begins outside: nothing later looks again."""
         n, d = self.vectors.shape if self.vectors.ndim == 2 else (-1, -1)
-        expected = {"vectors": (torch.float16, (n, d)), "coarse": (torch.int8, (n, d)), "scale": (torch.float32, (n,)),
+        blocks = (-(n // -LANES), d, LANES + len(DECODING))
+        expected = {"vectors": (torch.float16, (n, d)), "coarse": (torch.uint8, blocks), "scale": (torch.float32, (n,)),
                     "kind": (torch.int16, (n,)), "keys": (torch.int64, (n, 2)), "offsets": (torch.int64, (n + 1,)),
                     "lines": (torch.uint8, (self.lines.numel(),))}
         wrong = [name for name, (dtype, shape) in expected.items()
@@ -206,16 +209,22 @@ def key_of(text: str) -> int:
 
 
 def quantised(vectors: Tensor) -> tuple[Tensor, Tensor, float]:
-    """Vectors (N, d) -> int8 (N, d), scales (N,), and the greatest distance between a vector and scale * int8."""
-    coarse, scales, worst = [], [], 0.0
-    for chunk in vectors.split(65536):
-        chunk = chunk.float()
-        scale = chunk.abs().amax(dim=1).clamp(min=1e-30) / 127
-        rounded = (chunk / scale[:, None]).round_()
-        worst = max(worst, (chunk - scale[:, None] * rounded).norm(dim=1).max().item())
-        coarse.append(rounded.to(torch.int8))
-        scales.append(scale)
-    return torch.cat(coarse), torch.cat(scales), worst
+    """Vectors (N, d) -> their coarse copy, scales (N,), and the greatest distance between a vector and its coarse one.
+
+    The copy is (ceil(N / LANES), d, LANES + 8) bytes: number j of LANES LoRAs, each scale * (byte - 128), and `DECODING`.
+    """
+    n, d = vectors.shape
+    coarse = torch.full((-(n // -LANES), d, LANES + len(DECODING)), 128, dtype=torch.uint8)
+    coarse[:, :, LANES:] = DECODING
+    scales, worst = torch.empty(n), 0.0
+    for i, block in enumerate(vectors.split(LANES)):
+        block = block.float()
+        scale = block.abs().amax(dim=1).clamp(min=1e-30) / 127
+        rounded = (block / scale[:, None]).round_()
+        worst = max(worst, (block - scale[:, None] * rounded).norm(dim=1).max().item())
+        coarse[i, :, :len(block)] = (rounded + 128).T
+        scales[i * LANES:][:len(block)] = scale
+    return coarse, scales, worst
 
 
 def write(path: Path, vectors: Tensor, rows: Sequence[dict], encoder: str, folder: Path,

@@ -1,9 +1,12 @@
 """`pytest --hard` runs the promises' second, larger figures (spec/promises.md); they take minutes to hours."""
 
 import importlib.util
+import multiprocessing
 import os
 import subprocess
 import sys
+from multiprocessing import forkserver
+from pathlib import Path
 
 import pytest
 
@@ -41,3 +44,15 @@ def interpreted(request, interpreting) -> tuple[int, str]:
     process = interpreting[request.node.nodeid]
     said, _ = process.communicate()
     return process.returncode, said[-5000:]
+
+
+@pytest.fixture(scope="session")
+def fork_server():
+    """The multiprocessing context of a server that holds torch ready: a process starts in milliseconds, not in seconds."""
+    context, here = multiprocessing.get_context("forkserver"), Path(__file__).parent
+    context.set_forkserver_preload(["test_resume", "torch._dynamo", "torch.distributed.fsdp",  # as optimisers and --shard do
+                                    "torch.distributed.checkpoint"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join((str(here), str(here.parent))))
+        forkserver.ensure_running()
+    return context

@@ -1,6 +1,7 @@
 """--lora: what a user's LoRAs do to a picture, and what is said of wrong ones; `python train.py lora` end to end."""
 
 import json
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from PIL import Image
 
 import sample
 import train
-from flux import checkpoint, config, draws, lora_names, pictures, weights
+from flux import checkpoint, conditioning, config, draws, flow, lora_names, pictures, weights
 from flux.config import DEMO
 from flux.demo import folder, pool
 from flux.errors import UserError
@@ -99,16 +100,17 @@ def test_wrong_files_are_told_before_any_weights_are_read(word, part, monkeypatc
 
 # --- training ---
 
-SMALL = ("--rank", "2", "--batch", "2", "--steps", "4", "--save-every", "2", "--sample-every", "4", "--device", "cpu")
+SMALL = ("--rank", "2", "--batch", "2", "--steps", "4", "--save-every", "2", "--device", "cpu")
 
 
-def test_a_lora_is_trained_saved_resumed_and_drawn_with():
+def test_a_lora_is_trained_saved_resumed_and_drawn_with(monkeypatch):
+    monkeypatch.setitem(config.PRESETS, "demo", replace(DEMO, steps=2))  # of the preview
     folder.write(Path("data"), 6, style="stripes")
     folder.write(Path("kept"), 3)
     words = ["lora", "--data", "data", "--prior", "kept", "--plus", "4", *SMALL]
-    train.main([*words, "--out", "whole"])
-    train.main([*words, "--steps", "2", "--out", "halved"])
-    train.main([*words, "--out", "halved"])
+    train.main([*words, "--sample-every", "4", "--out", "whole"])
+    train.main([*words, "--sample-every", "0", "--steps", "2", "--out", "halved"])
+    train.main([*words, "--sample-every", "0", "--out", "halved"])
     whole, halved = (io.read(Path(f"{name}/lora/final.safetensors"), lora_names.names(DEMO))[0]["flux"]
                      for name in ("whole", "halved"))
     assert whole.layers.keys() == {name for name, layer in Flux(DEMO.flux).named_modules()
@@ -148,6 +150,7 @@ def test_a_lora_learns_at_strengths_that_change():
     assert task.batch(3, 0)[2] == strengths[3] and LoraTask(replace(settings, weakest=1, strongest=1)).batch(3, 0)[2] == 1
     learned, kept, strength = task.batch(0, 0)
     task.loss((learned, kept, strength))
+    task.preset = replace(task.preset, steps=2)
     task.preview()
     assert all(pair.strength == 1 for pair in task.pairs.values()), "pictures to look at are those of strength 1"
     with torch.no_grad():
@@ -159,6 +162,33 @@ def test_a_lora_learns_at_strengths_that_change():
     for weakest, strongest in ((0.0, 1.0), (1.5, 0.5), (1.0, 0.9)):
         with pytest.raises(UserError, match="--weakest .* the weakest first"):
             TrainLora(weakest=weakest, strongest=strongest)
+
+
+def test_a_lora_is_trained_at_the_guidance_it_is_drawn_with():
+    """The target is the pictures' velocity and what guidance adds without the LoRA, which is not there at first."""
+    folder.write(Path("data"), 2, things=1)
+    settings = TrainLora(data=Path("data"), rank=2, batch=2, target="single.*linear1", weakest=0.5, guided=3.0)
+    task, plain = LoraTask(settings), LoraTask(replace(settings, guided=None))
+    batch = task.batch(0, 0)
+    (x0, eps, t, cond), _, strength = batch
+    with torch.no_grad():
+        assert torch.allclose(task.loss(batch), plain.loss(batch), rtol=1e-5)
+        x = flow.interpolate(x0, eps, t)
+        bare, hot = (conditioning.velocity(task.model, replace(cond, guidance=g))(x, t) for g in (1.0, 3.0))
+        for pair in task.pairs.values():
+            torch.nn.init.normal_(pair.B, std=0.1)
+    losses = task.loss(batch)
+    assert all(pair.strength == strength for pair in task.pairs.values())
+    drawn = conditioning.velocity(task.model, replace(cond, guidance=3.0))(x, t)
+    expected = (drawn - (eps - x0 + hot - bare)).square().flatten(1).mean(1)
+    assert torch.allclose(losses, expected, rtol=1e-4)
+    gradients = [torch.autograd.grad(loss.mean(), list(task.pairs.parameters())) for loss in (losses, expected)]
+    assert all(torch.allclose(one, other, rtol=1e-3, atol=1e-6) for one, other in zip(*gradients, strict=True))
+    for wrong in (-1.0, math.inf, math.nan):
+        with pytest.raises(UserError, match="--guided .*: expected a guidance"):
+            replace(settings, guided=wrong)
+    with pytest.raises(UserError, match="schnell, which takes no guidance"):
+        LoraTask(replace(settings, model="schnell"))
 
 
 @pytest.mark.parametrize("words", [("--store", "fp8"), ("--store", "int8"), ("--strips",)])

@@ -95,6 +95,9 @@ def test_training_writes_what_is_read(monkeypatch):
     for name in ("tokenizer", "tokenizer_2"):
         (Path("weights") / name).symlink_to(weights.DEMO / name)
     monkeypatch.setattr(weights, "DEMO", Path("weights").absolute())
+    monkeypatch.setattr(fill_stage, "DEMO", replace(DEMO, steps=2))  # of the preview
+    held_out = fill_stage.FillTask.held_out
+    monkeypatch.setattr(fill_stage.FillTask, "held_out", lambda task: held_out(task)[:1])
     train.main(["demo", "fill", "--steps", "2", "--scenes", "4", "--batch", "2", "--rank", "2", "--lr", "0.1", "--ema", "0",
                 "--warmup", "0", "--threads", "1"])
     model = adapters.load_flux(weights.find(DEMO_FILL), DEMO_FILL, torch.float32)

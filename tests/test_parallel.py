@@ -117,14 +117,14 @@ def one_thread():
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory) -> Path:
+def runs(tmp_path_factory, fork_server) -> Path:
     root = tmp_path_factory.mktemp("parallel")
     for name in ("begun by one", "by one, then split"):
         train.train(Blocks(even="split" in name), settings(name, 3), root / name)
     with socket.socket() as found:
         found.bind(("127.0.0.1", 0))
         port = str(found.getsockname()[1])
-    processes.spawn(work, (root, port), nprocs=2)
+    processes.start_processes(work, (root, port), nprocs=2, start_method="forkserver")
     for name in ("begun by two", "split, then by one"):
         train.train(Blocks(even="split" in name), settings(name), root / name)
     return root

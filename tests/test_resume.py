@@ -4,7 +4,6 @@ import hashlib
 import importlib.util
 import itertools
 import json
-import multiprocessing
 import os
 import random
 import resource
@@ -598,15 +597,10 @@ def doomed(run: Path, operation: int, seconds: float) -> None:
     save_file({name: p.contiguous() for name, p in outcome(run, task).items()}, run / "outcome.safetensors")
 
 
-def test_killed_at_random_times(tmp_path, hard, monkeypatch):
-    """P5. Half of the kills are inside a save. A fork server holds torch ready, so that a start takes milliseconds."""
-    here = Path(__file__).parent
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join((str(here), str(here.parent))))
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["test_resume", "torch._dynamo"])  # which the first optimiser imports
-
+def test_killed_at_random_times(tmp_path, hard, fork_server):
+    """P5. Half of the kills are inside a save."""
     def start(run, operation=0, seconds=0.0):
-        process = context.Process(target=doomed, args=(run, operation, seconds))
+        process = fork_server.Process(target=doomed, args=(run, operation, seconds))
         process.start()
         process.join(60)
         return process.exitcode

@@ -47,7 +47,7 @@ class JudgeLora:
             rows.append((f"strength {strength:g}", *self.shares(pils, taught)))
             shown += pils[:8]
         print("| | style | shape | all that was asked |", "|---|---|---|---|", sep="\n")
-        print(*(f"| {name} | {style:.0%} | {shape:.0%} | {right:.0%} |" for name, style, shape, right in rows), sep="\n")
+        print(*(f"| {name} | {style:.1%} | {shape:.1%} | {right:.1%} |" for name, style, shape, right in rows), sep="\n")
         self.out.mkdir(parents=True, exist_ok=True)
         path = self.out / f"{self.lora.stem}_strengths.png"
         captions = [f"{strength:g}: {caption.text}" for strength in strengths for caption in taught[:8]]
