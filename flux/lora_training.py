@@ -7,8 +7,9 @@ step to step, so that a range of them, and not 1 alone, has been seen to give go
 that pictures are drawn with.
 
 FLUX.1-dev is distilled: its velocity at guidance g is what classifier-free guidance made of another model (arXiv
-2210.03142). Pictures do not show such a velocity, and a LoRA that is trained at g towards them unlearns what g adds. With
---guided the target is the pictures' velocity plus that: v(x, t | g) - v(x, t | 1) of the model without the LoRA.
+2210.03142). Pictures do not show such a velocity, and a LoRA that is trained at g (--guidance) towards them unlearns what
+g adds. With --guided g the target is the pictures' velocity plus that: v(x, t | g) - v(x, t | 1) of the model without the
+LoRA.
 """
 
 import math
@@ -42,7 +43,7 @@ class TrainLora(FineTuning):
     plus: float = 1.0  # LoRA+: learning rate of B over that of A; its paper advises 16
     weakest: float = 1.0  # strength of the LoRA while it learns: drawn for each step, from this
     strongest: float = 1.0  # to this; 0.75 to 1.5 makes one that can be turned up
-    guided: float | None = None  # guidance it will be drawn with, if it shall be trained there: 1.6 times as slow
+    guided: float | None = None  # guidance whose part is added to the target; beside it --guidance, as it will be drawn
     prior: Path | None = None  # folder of captioned pictures that shall stay as the model draws them
     prior_weight: float = 1.0  # of their loss
     lr: float = 1e-3  # learning rate of AdamW after warmup
@@ -107,19 +108,19 @@ class LoraTask(Captioned):
         return flow.loss(self.velocity(cond, strength), x0, eps, t, *weight)
 
     def velocity(self, cond: Condition, strength: float) -> Velocity:
-        """What shall be the pictures' velocity: with --guided, that at its guidance less what guidance adds."""
+        """What shall be the pictures' velocity: with --guided, less what guidance adds without the LoRA."""
         self.wear(strength)
-        plain = conditioning.velocity(self.model, cond)
+        drawn = conditioning.velocity(self.model, cond)
         if self.settings.guided is None:
-            return plain
-        guided = conditioning.velocity(self.model, replace(cond, guidance=self.settings.guided))
+            return drawn
+        plain, guided = (conditioning.velocity(self.model, replace(cond, guidance=g)) for g in (1.0, self.settings.guided))
 
         def less(x: Tensor, t: Tensor) -> Tensor:
             self.wear(0.0)
             with torch.no_grad():
                 added = guided(x, t) - plain(x, t)
             self.wear(strength)
-            return guided(x, t) - added
+            return drawn(x, t) - added
         return less
 
     def wear(self, strength: float) -> None:
