@@ -22,7 +22,7 @@ from flux.checkpoint import refuse, shown
 from flux.errors import UserError
 
 HEADER = "lora_index"
-LANES = 96  # LoRAs side by side in the coarse copy: as many sums as fit into the registers of AVX2
+LANES = 96  # LoRAs side by side in the coarse copy: their sums fill twelve of the sixteen registers of AVX2
 DECODING = torch.tensor([1.0, -128.0]).view(torch.uint8)  # 8 bytes behind each row, by which torch reads byte b as b - 128
 Embed = Callable[[Path], tuple[Tensor, dict]]  # a LoRA's file -> (d,), and what else its line should say
 

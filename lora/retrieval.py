@@ -116,8 +116,8 @@ def roughly(index: Index, q: Tensor) -> tuple[Tensor, float]:
     """Similarities (N,) of q with the index's rounded rows r', and how wrong they are at most.
 
     The products are sums over a LoRA's numbers, weighed by q: what an embedding bag computes, here of the columns of
-    `index.coarse`, 96 LoRAs at a time; PyTorch's for bytes (FBGEMM) reads them as fast as memory gives them, where its int8
-    matrix products (`_int_mm`, `_weight_int8pack_mm`) take three to fifteen times as long without VNNI.
+    `index.coarse`, 96 LoRAs at a time, which PyTorch's for bytes (FBGEMM) holds in registers. With its int8 matrix products
+    (`_weight_int8pack_mm`, `_int_mm`) a search took two and eleven times as long on AVX2.
 
     |q r - q r'| <= |r - r'|, as |q| = 1. The d sums are in float32, each of two roundings of what is at most about |r'|.
     """

@@ -188,6 +188,8 @@ def test_a_lora_is_trained_at_the_guidance_it_is_drawn_with():
     for wrong in (-1.0, math.inf, math.nan):
         with pytest.raises(UserError, match="--guided .*: expected a guidance"):
             replace(settings, guided=wrong)
+    with pytest.raises(UserError, match="--guided 3 came without --guidance, .* add --guidance 3"):
+        TrainLora(guided=3.0)
     with pytest.raises(UserError, match="schnell, which takes no guidance"):
         LoraTask(replace(settings, model="schnell"))
 
