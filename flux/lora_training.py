@@ -61,8 +61,8 @@ class TrainLora(FineTuning):
         if self.guided is not None and not 0 <= self.guided < math.inf:
             raise UserError(f"--guided {self.guided}: expected a guidance, 0 or more; for dev 3.5 is usual")
         if self.guided not in (None, 1) and self.guidance == 1:  # drawn at --guided, guidance would count twice
-            raise UserError(f"--guided {self.guided:g} came without --guidance, expected the one that pictures will be drawn "
-                            f"with; add --guidance {self.guided:g}")
+            raise UserError(f"--guided {self.guided:g} came without --guidance, expected the one that pictures will be "
+                            f"drawn with; add --guidance {self.guided:g}")
         if not 0 < self.weakest <= self.strongest:
             raise UserError(f"--weakest {self.weakest} --strongest {self.strongest}: expected numbers above 0, the weakest "
                             "first, as --weakest 0.75 --strongest 1.5")
