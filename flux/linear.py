@@ -1,11 +1,14 @@
-"""Linear layers of the transformer. On the CPU, without gradients, the product is oneDNN's own, bias and gelu within it:
-in float32 a fifth to a quarter quicker than torch's on an AMD EPYC, in bfloat16 a little, to the bit the same.
+"""Linear layers of the transformer. On a CPU with AVX-512, without gradients, the product is oneDNN's own, bias and gelu
+within it: in float32 a fifth to a quarter quicker than torch's on an AMD EPYC, in bfloat16 a little, to the bit the same.
+With AVX2 alone, torch's product (MKL's) and gelu after it are the quicker by as much (docs/kernels.md).
 """
 
 import torch
 from torch import Tensor, nn
 
 from flux.footprint import runs_on
+
+QUICKER = torch.backends.cpu.get_cpu_capability() == "AVX512"  # oneDNN's product than torch's; measured on AMD alone
 
 
 class Linear(nn.Linear):
@@ -19,15 +22,14 @@ def product(x: Tensor, weight: Tensor, bias: Tensor | None, gelu: bool = False) 
 
 
 def beside_gelu(layer: nn.Module, x: Tensor) -> Linear | None:
-    """The layer, if gelu can be a part of its product, which saves a pass that takes a quarter of its time, and in bfloat16
-    a rounding. Else None."""
+    """The layer, if gelu can be a part of its product, which saves a pass, and in bfloat16 a rounding. Else None."""
     layer = getattr(layer, "plain", layer)  # LoRAs at strength 0 change nothing
     return layer if isinstance(layer, Linear) and by_onednn(layer, x) else None
 
 
 def by_onednn(layer: Linear, x: Tensor) -> bool:
-    """On the CPU, in the weight's dtype. Gradients need torch's product; compilers and autocast choose theirs."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
+    """Where it is quicker, in the weight's dtype. Gradients need torch's product; compilers and autocast choose theirs."""
+    if not QUICKER or torch.compiler.is_compiling() or torch.is_grad_enabled() or torch.is_autocast_enabled("cpu"):
         return False
     if runs_on(x) != "cpu" or layer.weight.dtype != x.dtype or not torch.backends.mkldnn.is_available():
         return False

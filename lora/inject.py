@@ -144,7 +144,7 @@ def check(model: nn.Module, adapter: Adapter, name: str, widen: bool = False,
 
 
 def merged_linear(base: nn.Module, loras: list[tuple[tuple[Term, ...], float]], layer: str) -> nn.Linear:
-    """A linear layer with W + sum of s_i delta_i; wider than `base` where a LoRA is."""
+    """A linear layer of the class of `base`, with W + sum of s_i delta_i; wider than `base` where a LoRA is."""
     if not isinstance(base, nn.Linear):
         raise UserError(f"{layer} is stored as {type(base).__name__}, expected plain weights to merge into; leave the LoRA "
                         "beside them")
@@ -159,7 +159,7 @@ def merged_linear(base: nn.Module, loras: list[tuple[tuple[Term, ...], float]], 
         if change is not None and strength:
             bias = (bias.detach().float() + strength * change.to(bias.device)).to(bias.dtype)
     with torch.device("meta"):
-        out = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
+        out = type(base)(weight.shape[1], weight.shape[0], bias=bias is not None)  # whose product may be quicker
     out.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:
         out.bias = nn.Parameter(bias.detach(), requires_grad=False)

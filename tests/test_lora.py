@@ -223,16 +223,22 @@ def sample(seed: int = 0, channels: int = 64, batch: int = 1) -> tuple:
             torch.full((batch,), 3.5))
 
 
-def test_strength_zero_changes_no_bit_of_a_velocity_in_bfloat16():
-    """Where layers without a LoRA have gelu in their product, those with one that adds nothing have it, too."""
-    model = tiny().bfloat16()
-    inputs = [part.bfloat16() if part.is_floating_point() else part for part in sample()]
+@pytest.mark.parametrize("onednn", (False, True))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_strength_zero_changes_no_bit_of_a_velocity(dtype, onednn, monkeypatch):
+    """Where layers without a LoRA have gelu in their product, those with one that adds nothing have it, too; and merged."""
+    monkeypatch.setattr("flux.linear.QUICKER", onednn)
+    model = tiny().to(dtype)
+    inputs = [part.to(dtype) if part.is_floating_point() else part for part in sample()]
     with torch.no_grad():
-        before, loras = model(*inputs), Loras(model)
-        loras.attach("it", full(model, 0), 0.0)
-        assert torch.equal(model(*inputs), before)
-        loras.set_strength("it", 0.5)
-        assert not torch.equal(model(*inputs), before)
+        before, loras, it = model(*inputs), Loras(model), full(model, 0)
+        for merged in (False, True):
+            loras.attach("it", it, 0.0)
+            if merged:
+                loras.merge()
+            assert torch.equal(model(*inputs), before)
+            loras.set_strength("it", 0.5)
+            assert not torch.equal(model(*inputs), before)
 
 
 def test_unloading_restores_the_network():

@@ -429,8 +429,9 @@ def test_gelu_beside_attention_is_its_two_operations():
 
 @pytest.mark.parametrize("bias", (True, False))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
-def test_a_product_by_onednn_is_as_exact_as_torchs(dtype, bias):
+def test_a_product_by_onednn_is_as_exact_as_torchs(dtype, bias, monkeypatch):
     """Without gradients; bit-equal in bfloat16, on which runs with LoRAs that add nothing depend. One token and many."""
+    monkeypatch.setattr(linear, "QUICKER", True)
     torch.manual_seed(0)
     layer = linear.Linear(100, 36, bias=bias).to(dtype)
     for x in (torch.randn(3, 57, 100).to(dtype), torch.randn(1, 100).to(dtype), torch.randn(0, 100).to(dtype)):
@@ -457,11 +458,13 @@ def test_autocast_has_its_way_without_gradients(lora):
     assert validated.dtype == trained.dtype == torch.bfloat16 and near(validated, trained, 0.02)
 
 
-def test_gelu_is_as_exact_within_the_product_as_after_it():
-    """bfloat16 without gradients: rounded once less. Both in the MLP of a double block and in a single block."""
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
+def test_gelu_is_as_exact_within_the_product_as_after_it(dtype, monkeypatch):
+    """Without gradients: in bfloat16 rounded once less. Both in the MLP of a double block and in a single block."""
+    monkeypatch.setattr(linear, "QUICKER", True)
     torch.manual_seed(0)
-    mlp, single = layers.MLP(TINY).bfloat16(), layers.SingleStreamBlock(TINY).bfloat16()
-    x, pe = torch.randn(2, 37, TINY.hidden_size).bfloat16(), torch.ones(1, 37, 1, TINY.head_dim // 2, dtype=torch.complex64)
+    mlp, single = layers.MLP(TINY).to(dtype), layers.SingleStreamBlock(TINY).to(dtype)
+    x, pe = torch.randn(2, 37, TINY.hidden_size).to(dtype), torch.ones(1, 37, 1, TINY.head_dim // 2, dtype=torch.complex64)
     for function, wide in ((mlp, deepcopy(mlp).double()), (lambda x: single.branches(x, pe),
                                                          lambda x: deepcopy(single).double().branches(x, pe))):
         exact = wide(x.double())
