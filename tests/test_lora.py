@@ -227,7 +227,7 @@ def sample(seed: int = 0, channels: int = 64, batch: int = 1) -> tuple:
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_strength_zero_changes_no_bit_of_a_velocity(dtype, onednn, monkeypatch):
     """Where layers without a LoRA have gelu in their product, those with one that adds nothing have it, too; and merged."""
-    monkeypatch.setattr("flux.linear.QUICKER", onednn)
+    monkeypatch.setattr("flux.linear.ONEDNN_IS_QUICKER", onednn)
     model = tiny().to(dtype)
     inputs = [part.to(dtype) if part.is_floating_point() else part for part in sample()]
     with torch.no_grad():

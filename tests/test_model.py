@@ -427,11 +427,24 @@ def test_gelu_beside_attention_is_its_two_operations():
     torch.testing.assert_close(b.grad, torch.autograd.grad(F.gelu(b, approximate="tanh").square().sum(), b)[0])
 
 
+def test_the_backward_pass_keeps_v_once():
+    """As a part of the projection that it came from, not copied; and both layouts give the same."""
+    qkv = torch.randn(2, 5, 3, 2, 8, requires_grad=True)
+    pe, kept = torch.ones(1, 5, 1, 4, dtype=torch.complex64), []
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x) or x, lambda x: x):
+        joined = qkv * 1
+        out = attention.attention(*joined.unbind(2), pe)
+    of_v = [x for x in kept if x.shape == (2, 2, 5, 8) and torch.equal(x, joined[:, :, 2].transpose(1, 2))]
+    assert of_v and all(x.data_ptr() == joined[:, :, 2].data_ptr() for x in of_v)
+    with torch.no_grad():
+        torch.testing.assert_close(attention.attention(*joined.unbind(2), pe), out)
+
+
 @pytest.mark.parametrize("bias", (True, False))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16))
 def test_a_product_by_onednn_is_as_exact_as_torchs(dtype, bias, monkeypatch):
     """Without gradients; bit-equal in bfloat16, on which runs with LoRAs that add nothing depend. One token and many."""
-    monkeypatch.setattr(linear, "QUICKER", True)
+    monkeypatch.setattr(linear, "ONEDNN_IS_QUICKER", True)
     torch.manual_seed(0)
     layer = linear.Linear(100, 36, bias=bias).to(dtype)
     for x in (torch.randn(3, 57, 100).to(dtype), torch.randn(1, 100).to(dtype), torch.randn(0, 100).to(dtype)):
@@ -461,7 +474,7 @@ def test_autocast_has_its_way_without_gradients(lora):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_gelu_is_as_exact_within_the_product_as_after_it(dtype, monkeypatch):
     """Without gradients: in bfloat16 rounded once less. Both in the MLP of a double block and in a single block."""
-    monkeypatch.setattr(linear, "QUICKER", True)
+    monkeypatch.setattr(linear, "ONEDNN_IS_QUICKER", True)
     torch.manual_seed(0)
     mlp, single = layers.MLP(TINY).to(dtype), layers.SingleStreamBlock(TINY).to(dtype)
     x, pe = torch.randn(2, 37, TINY.hidden_size).to(dtype), torch.ones(1, 37, 1, TINY.head_dim // 2, dtype=torch.complex64)

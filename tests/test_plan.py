@@ -77,7 +77,7 @@ def test_gelu_within_a_product_is_counted_where_it_is_computed(monkeypatch):
     wide, narrow = 4 * 7 * TINY.mlp_hidden, 4 * 7 * TINY.hidden_size
     apart = max(2 * wide, wide + narrow)
     for onednn, expected in ((True, wide + narrow), (False, apart)):
-        monkeypatch.setattr("flux.linear.QUICKER", onednn)
+        monkeypatch.setattr("flux.linear.ONEDNN_IS_QUICKER", onednn)
         assert footprint.peak(lambda: mlp(x), "cpu") == expected
         assert footprint.peak(lambda: mlp(x)) == apart
     assert footprint.runs_on(x) == "meta", "and nothing of it stays"
