@@ -454,11 +454,13 @@ def test_a_product_by_onednn_is_as_exact_as_torchs(dtype, bias, monkeypatch):
         assert mine.dtype == dtype and mine.shape == other.shape and not mine.requires_grad
         assert (mine - exact).norm() <= 1.1 * (other - exact).norm() + 1e-7 * exact.norm()
         assert dtype == torch.float32 or torch.equal(mine, other)
+        assert other.requires_grad and torch.autograd.grad(other.float().sum(), layer.weight)[0].shape == layer.weight.shape
 
 
 @pytest.mark.parametrize("lora", (False, True))
-def test_autocast_has_its_way_without_gradients(lora):
+def test_autocast_has_its_way_without_gradients(lora, monkeypatch):
     """Validation of a run in bfloat16: the same dtypes as in training, with LoRAs too."""
+    monkeypatch.setattr(linear, "ONEDNN_IS_QUICKER", True)
     torch.manual_seed(0)
     single = layers.SingleStreamBlock(TINY)
     if lora:
